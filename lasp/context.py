@@ -1,0 +1,112 @@
+"""CPContext: one batch's layout on one context-parallel group, as this rank sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lasp.kernels.segments import SegmentTable
+from lasp.layout import Segment, SequenceLayout
+
+EXCHANGES = ("all_gather",)
+
+
+class CPContext:
+    """Binds a :class:`~lasp.layout.SequenceLayout` to a process group. Make one per batch and pass it to every layer.
+
+    Args:
+        layout: who owns which tokens, and the packed documents.
+        group: the cp_group; None is the default group.
+        exchange: how state maps become entry states: ``all_gather`` (LASP-2, arXiv 2502.07563).
+        nodes, fabric, wire_dtype: settings of exchanges that choose by topology or compress the wire. ``all_gather``
+            has no use for them, so anything but None is refused.
+
+    Raises:
+        ValueError: the group's size is not the layout's cp_size; an unknown exchange; an option without effect.
+    """
+
+    def __init__(
+        self,
+        layout: SequenceLayout,
+        group: dist.ProcessGroup | None = None,
+        exchange: str = "all_gather",
+        *,
+        nodes: Sequence[int] | None = None,
+        fabric: object | None = None,
+        wire_dtype: torch.dtype | None = None,
+    ):
+        if exchange not in EXCHANGES:
+            raise ValueError(f"exchange must be one of {EXCHANGES}, got {exchange!r}.")
+        for name, value in (("nodes", nodes), ("fabric", fabric), ("wire_dtype", wire_dtype)):
+            if value is not None:
+                raise ValueError(f"{name} has no effect on exchange={exchange!r}; leave it None, got {value!r}.")
+        if group is None and not dist.is_initialized():
+            raise ValueError(
+                "group is None, the default process group, but torch.distributed is not initialised. "
+                "Start with torchrun and init_process_group, or use CPContext.local(...) on one device."
+            )
+        size = dist.get_world_size(group)
+        if size != layout.cp_size:
+            raise ValueError(
+                f"the group must have as many ranks as the layout: layout.cp_size = {layout.cp_size}, group size "
+                f"{size}. Build the layout with cp_size={size} or pass the cp_group."
+            )
+        self.layout, self.group, self.exchange = layout, group, exchange
+        self.cp_rank, self.cp_size = dist.get_rank(group), size
+        self._tables: dict[torch.device, SegmentTable] = {}
+
+    @classmethod
+    def local(cls, cu_seqlens_or_length: int | Sequence[int] | Tensor | SequenceLayout) -> CPContext:
+        """One device, no process group, the same code path: cp_size = 1.
+
+        Args:
+            cu_seqlens_or_length: document borders, one document's length, or a layout of one rank.
+        """
+        layout = cu_seqlens_or_length
+        if not isinstance(layout, SequenceLayout):
+            layout = SequenceLayout.contiguous(layout, 1)
+        if layout.cp_size != 1:
+            raise ValueError(f"CPContext.local needs a layout of one rank, got cp_size = {layout.cp_size}.")
+        self = cls.__new__(cls)
+        self.layout, self.group, self.exchange = layout, None, "all_gather"
+        self.cp_rank, self.cp_size = 0, 1
+        self._tables = {}
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        """T_local: tokens that this rank owns."""
+        return self.layout.num_tokens(self.cp_rank)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """This rank's segments in local order."""
+        return self.layout.segments(self.cp_rank)
+
+    @cached_property
+    def position_ids(self) -> Tensor:
+        """Position of each local token in its document, int64 [T_local], on the CPU."""
+        return self.layout.position_ids(self.cp_rank)
+
+    def segment_table(self, device: torch.device) -> SegmentTable:
+        """Chunk and tile tables of this rank's segments for the kernels, made once per device."""
+        if device not in self._tables:
+            self._tables[device] = SegmentTable([(s.start, s.stop) for s in self.segments], device)
+        return self._tables[device]
+
+    def check_tokens(self, name: str, x: Tensor, dim: int = 1) -> None:
+        """Raise a ValueError unless ``x`` holds this rank's tokens along ``dim`` and packs documents with B = 1."""
+        if x.shape[dim] != self.num_tokens:
+            raise ValueError(
+                f"{name} must hold the {self.num_tokens} tokens of cp rank {self.cp_rank} along dim {dim}, got "
+                f"{x.shape[dim]}: shape {tuple(x.shape)}. Cut the batch with layout.shard(x, cp_rank)."
+            )
+        if self.layout.num_documents > 1 and x.shape[0] != 1:
+            raise ValueError(
+                f"{name} must have B = 1 when the layout packs more than one document: B = {x.shape[0]}, "
+                f"{self.layout.num_documents} documents. Concatenate the rows into one stream."
+            )
