@@ -94,9 +94,7 @@ def all_to_all(
     x = x.contiguous()
     out = x.new_empty((sum(receive_counts), *x.shape[1:]))
     counts = list(receive_counts), list(send_counts)
-    return _issue(
-        "all_to_all", x, group, out, lambda: dist.all_to_all_single(out, x, *counts, group, async_op=True)
-    )
+    return _issue("all_to_all", x, group, out, lambda: dist.all_to_all_single(out, x, *counts, group, async_op=True))
 
 
 def _issue(name: str, x: Tensor, group: dist.ProcessGroup | None, out: Tensor, start: Callable) -> Pending:

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.chains import ChainPlan
+from lasp.exchange import EXCHANGES
 from lasp.kernels.segments import SegmentTable
 from lasp.layout import Segment, SequenceLayout
-
-EXCHANGES = ("all_gather",)
 
 
 class CPContext:
@@ -40,7 +40,7 @@ class CPContext:
         wire_dtype: torch.dtype | None = None,
     ):
         if exchange not in EXCHANGES:
-            raise ValueError(f"exchange must be one of {EXCHANGES}, got {exchange!r}.")
+            raise ValueError(f"exchange must be one of {tuple(EXCHANGES)}, got {exchange!r}.")
         for name, value in (("nodes", nodes), ("fabric", fabric), ("wire_dtype", wire_dtype)):
             if value is not None:
                 raise ValueError(f"{name} has no effect on exchange={exchange!r}; leave it None, got {value!r}.")
@@ -58,6 +58,7 @@ class CPContext:
         self.layout, self.group, self.exchange = layout, group, exchange
         self.cp_rank, self.cp_size = dist.get_rank(group), size
         self._tables: dict[torch.device, SegmentTable] = {}
+        self._plans: dict[tuple[bool, bool], ChainPlan] = {}
 
     @classmethod
     def local(cls, cu_seqlens_or_length: int | Sequence[int] | Tensor | SequenceLayout) -> CPContext:
@@ -74,7 +75,7 @@ class CPContext:
         self = cls.__new__(cls)
         self.layout, self.group, self.exchange = layout, None, "all_gather"
         self.cp_rank, self.cp_size = 0, 1
-        self._tables = {}
+        self._tables, self._plans = {}, {}
         return self
 
     @property
@@ -97,6 +98,13 @@ class CPContext:
         if device not in self._tables:
             self._tables[device] = SegmentTable([(s.start, s.stop) for s in self.segments], device)
         return self._tables[device]
+
+    def chain_plan(self, causal: bool, final_states: bool) -> ChainPlan:
+        """This rank's part in every document's chain of segments, made once per kind of exchange."""
+        key = (causal, final_states)
+        if key not in self._plans:
+            self._plans[key] = ChainPlan.make(self.layout, self.cp_rank, causal=causal, final_states=final_states)
+        return self._plans[key]
 
     def check_tokens(self, name: str, x: Tensor, dim: int = 1) -> None:
         """Raise a ValueError unless ``x`` holds this rank's tokens along ``dim`` and packs documents with B = 1."""

@@ -59,9 +59,7 @@ class SequenceLayout:
             exactly once; a rank owns no token.
     """
 
-    def __init__(
-        self, cu_seqlens_global: Sequence[int] | Tensor, fragments: Sequence[Sequence[tuple[int, int]]]
-    ):
+    def __init__(self, cu_seqlens_global: Sequence[int] | Tensor, fragments: Sequence[Sequence[tuple[int, int]]]):
         self.cu_seqlens_global = _borders(cu_seqlens_global)
         self.fragments = tuple(tuple((int(a), int(b)) for a, b in owned) for owned in fragments)
         self.total_tokens = self.cu_seqlens_global[-1]
@@ -187,9 +185,7 @@ class SequenceLayout:
             for index in range(len(owned)):
                 for n, at, end, a, b in found[rank, index]:
                     length = end - at
-                    segments.append(
-                        Segment(rank, index, n, local, local + length, at, end, at == a, end == b)
-                    )
+                    segments.append(Segment(rank, index, n, local, local + length, at, end, at == a, end == b))
                     local += length
             result.append(tuple(segments))
         return tuple(result)
@@ -263,7 +259,7 @@ def _even_blocks(total: int, num_blocks: int, cp_size: int) -> list[tuple[int, i
         raise ValueError(f"cp_size must be at least 1, got {cp_size}.")
     if total < cp_size:
         raise ValueError(
-            f"a sequence of {total} tokens cannot be cut over cp_size = {cp_size} ranks: each needs at least one token. "
+            f"a sequence of {total} tokens cannot be cut over cp_size = {cp_size} ranks: each needs one token or more. "
             "Use a longer sequence or a smaller cp_size."
         )
     size, longer = divmod(total, num_blocks)

@@ -1,0 +1,225 @@
+"""Linear attention over a sequence that is cut across a cp_group: LASP-2 (arXiv 2502.07563).
+
+One forward: the operator's state maps -> exchange starts -> local work -> entry states -> outputs. One backward, its
+mirror: entry-state gradients -> exchange -> local work -> exit-state gradients -> input gradients. Each direction has
+one exchange. The operator is :mod:`lasp.kernels.chunked`, the exchange :mod:`lasp.exchange`, the algebra
+:mod:`lasp.kernels.state`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lasp.chains import ChainPlan
+from lasp.context import CPContext
+from lasp.exchange import EXCHANGES
+from lasp.kernels.chunked import Backward, Forward, num_heads
+from lasp.kernels.reference import recurrence
+from lasp.kernels.state import StateMap, state_dtype, transition
+
+IMPLS = ("auto", "torch", "reference")
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    cp: CPContext | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """``S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T``, ``o_t = scale * S_t^T q_t``, over the whole cut sequence.
+
+    Args:
+        q, k: [B, T, Hq, K] and [B, T, Hk, K], T the tokens of this rank. H is the largest head count among the
+            arguments; each head count divides H, and head h reads head ``h // (H // Hx)``.
+        v: [B, T, Hv, V], the same dtype as q and k.
+        g: natural log-decay, <= 0: None, [Hg] (fixed), [B, T, Hg] (per token) or [B, T, Hg, K] (per channel).
+        beta: delta-rule step; refused until the dense operators exist.
+        cp: layout and group; None is one device with one document per row.
+        causal: False lets every token read its whole document (no g, no states).
+        scale: default ``K ** -0.5``.
+        initial_state: [B, H, K, V], or [N, H, K, V] for N packed documents; equal on all ranks. Its gradient is this
+            rank's share: the sum over the cp_group is the gradient.
+        output_final_state: also return the state after each document, equal on all ranks. An upstream gradient on it
+            is this rank's share likewise.
+        impl: ``torch`` (chunked), ``reference`` (token by token, one device), ``auto``.
+
+    Returns:
+        ``o`` [B, T, H, V] in v's dtype, and the final states in fp32 (fp64 for fp64 inputs) or None.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that do not fit; ``g > 0`` (on CUDA: an asynchronous assert).
+    """
+    cp = CPContext.local(q.shape[1]) if cp is None else cp
+    _check(q, k, v, g, beta, cp, causal, initial_state, output_final_state, impl)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if impl == "reference":
+        borders = cp.layout.cu_seqlens_global
+        o, final = recurrence(q, k, v, g, cu_seqlens=borders, causal=causal, scale=scale, initial_state=initial_state)
+        return o, final if output_final_state else None
+    return _LinearAttention.apply(q, k, v, g, initial_state, cp, causal, scale, output_final_state)
+
+
+class _LinearAttention(torch.autograd.Function):
+    """The stages of the operator with the exchange between them."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, initial_state, cp, causal, scale, output_final_state):
+        plan = cp.chain_plan(causal, output_final_state)
+        exchange = EXCHANGES[cp.exchange](cp, plan)
+        op = Forward(q, k, v, g, cp.segment_table(q.device), causal, scale)
+        initial = None if initial_state is None else _by_document(initial_state, cp, op.dtype)  # [N, B, H, K, V]
+        fixed = None if g is None or g.dim() > 1 else g.repeat_interleave(op.num_heads // g.shape[0])
+
+        maps = op.state_maps()
+        exchange.start(_with_initial(maps, plan, initial), fixed)
+        op.local()
+        entry, finals = exchange.wait(initial)
+        if not causal:
+            entry = _document_totals(entry, maps.state, plan.before)
+        o = op.finish(entry)
+
+        ctx.exchange, ctx.options = exchange, (causal, scale)
+        ctx.save_for_backward(q, k, v, g, maps.state, maps.log_decay, entry, op.carries, op.before)
+        ctx.initial_dtype = None if initial is None else initial_state.dtype
+        return o, None if finals is None else _public_state(finals, cp)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, d_final):
+        q, k, v, g, state, log_decay, entry, carries, before = ctx.saved_tensors
+        (causal, scale), exchange, maps = ctx.options, ctx.exchange, StateMap(state, log_decay)
+        cp, plan = exchange.cp, exchange.plan
+        exits = state if entry is None or not causal else transition(maps, entry) + state
+        d_final = None if d_final is None else _by_document(d_final, cp, state.dtype)
+        saved = {"carries": carries, "before": before, "entry": entry, "exits": exits, "do": do}
+        op = Backward(q, k, v, g, cp.segment_table(q.device), causal, scale, **saved)
+
+        grads = op.state_maps()
+        exchange.start_backward(grads, d_final)
+        op.local()
+        d_exit = exchange.wait_backward()
+        if not causal:
+            d_exit = _document_totals(d_exit, grads, plan.after)
+        dq, dk, dv, dg = op.finish(d_exit, needs_dg=ctx.needs_input_grad[3])
+
+        d_initial = None
+        if ctx.needs_input_grad[4]:
+            d_entry = grads if d_exit is None else transition(maps.transpose(), d_exit) + grads
+            d_initial = _initial_grad(d_entry, plan, cp, d_final).to(ctx.initial_dtype)
+        return dq, dk, dv, dg, d_initial, None, None, None, None
+
+
+def _document_totals(arrived: Tensor | None, own: Tensor, slots: tuple[tuple, ...]) -> Tensor:
+    """Per own segment, the total of its document: what arrived, or the segment's own part where it is the whole."""
+    if arrived is None:
+        return own
+    shared = torch.tensor([bool(s) for s in slots], device=own.device)
+    return torch.where(shared.view(-1, 1, 1, 1, 1), arrived, own)
+
+
+def _with_initial(maps: StateMap, plan: ChainPlan, initial: Tensor | None) -> StateMap:
+    """The maps with the initial state of each document applied in the segment that begins it."""
+    if initial is None or not any(plan.begins):
+        return maps
+    rows = [i for i, begins in enumerate(plan.begins) if begins]
+    log_decay = None if maps.log_decay is None else maps.log_decay[rows]
+    state = maps.state.clone()
+    state[rows] += transition(StateMap(state[rows], log_decay), initial[[plan.documents[i] for i in rows]])
+    return StateMap(state, maps.log_decay)
+
+
+def _initial_grad(d_entry: Tensor, plan: ChainPlan, cp: CPContext, d_final: Tensor | None) -> Tensor:
+    """This rank's share of the initial states' gradient: of the documents that begin here, and of empty ones."""
+    out = d_entry.new_zeros(cp.layout.num_documents, *d_entry.shape[1:])
+    for i, begins in enumerate(plan.begins):
+        if begins:
+            out[plan.documents[i]] = d_entry[i]
+    if d_final is not None:
+        for n, chain in enumerate(cp.layout.chains):
+            if not chain:
+                out[n] = d_final[n]
+    return _public_state(out, cp)
+
+
+def _by_document(state: Tensor, cp: CPContext, dtype: torch.dtype) -> Tensor:
+    """Public states [B, H, K, V] or [N, H, K, V] as [N, B, H, K, V]."""
+    return state.to(dtype).unsqueeze(1 if cp.layout.num_documents > 1 else 0)
+
+
+def _public_state(state: Tensor, cp: CPContext) -> Tensor:
+    """[N, B, H, K, V] as the public [B, H, K, V] or [N, H, K, V]."""
+    return state.squeeze(1 if cp.layout.num_documents > 1 else 0)
+
+
+def _check(q, k, v, g, beta, cp, causal, initial_state, output_final_state, impl) -> None:
+    """Refuse what cannot be computed, before anything is sent."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
+    if beta is not None:
+        raise ValueError("beta (the delta rule) has no operator yet; use kernels.reference.recurrence on one device.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [B, T, H, D], got shape {tuple(x.shape)}.")
+        if not x.is_floating_point() or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must have q's floating dtype and device: q is {q.dtype} on {q.device}, {name} is {x.dtype} on "
+                f"{x.device}. Convert it first."
+            )
+        cp.check_tokens(name, x)
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}.")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must have the same head dim K: {q.shape[-1]} and {k.shape[-1]}.")
+    heads = num_heads(q, k, v, g)
+    if g is not None:
+        _check_gate(g, q, causal)
+    for name, x in (("q", q), ("k", k), ("v", v), ("g", g)):
+        if x is not None and heads % num_heads(x):
+            raise ValueError(
+                f"the head count of {name} must divide the largest one: {num_heads(x)} does not divide {heads}."
+            )
+    if not causal and (initial_state is not None or output_final_state):
+        raise ValueError("causal=False has no running state: leave initial_state None and output_final_state False.")
+    if initial_state is not None:
+        documents = cp.layout.num_documents
+        rows = documents if documents > 1 else q.shape[0]
+        expected = (rows, heads, q.shape[-1], v.shape[-1])
+        if tuple(initial_state.shape) != expected or initial_state.device != q.device:
+            raise ValueError(
+                f"initial_state must be {expected} on {q.device} ([B, H, K, V], or one row per packed document), got "
+                f"{tuple(initial_state.shape)} on {initial_state.device}."
+            )
+        if not initial_state.is_floating_point():
+            raise ValueError(f"initial_state must have a floating dtype such as {state_dtype(q.dtype)}.")
+    if impl == "reference" and cp.cp_size > 1:
+        raise ValueError(f"impl='reference' runs on one device, got cp_size = {cp.cp_size}; use impl='torch'.")
+
+
+def _check_gate(g: Tensor, q: Tensor, causal: bool) -> None:
+    batch, length, _, key_dim = q.shape
+    if not causal:
+        raise ValueError("causal=False takes no g: a decay has a direction. Leave g None, or use causal=True.")
+    fits = g.dim() == 1 or (g.dim() in (3, 4) and g.shape[:2] == (batch, length))
+    if not fits or (g.dim() == 4 and g.shape[3] != key_dim):
+        raise ValueError(
+            f"g must be [H], [B, T, H] or [B, T, H, K] = {(batch, length, 'H', key_dim)}, got shape {tuple(g.shape)}."
+        )
+    if not g.is_floating_point() or g.device != q.device:
+        raise ValueError(f"g must be floating and on q's device {q.device}, got {g.dtype} on {g.device}.")
+    if g.is_cuda:
+        torch._assert_async((g <= 0).all(), "g must be a log-decay <= 0")  # no host sync
+    elif (g > 0).any():
+        raise ValueError(
+            f"g must be a log-decay, <= 0 everywhere, got a maximum of {g.max():.4g}. Pass log(decay), as in "
+            "torch.nn.functional.logsigmoid."
+        )
