@@ -1,0 +1,162 @@
+"""The command ``lasp``.
+
+lasp train configs/quickstart.yaml optimizer.lr=1e-3 --cp 4
+lasp generate runs/quickstart --prompt "def main(" --temperature 0.7
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+_FAILURE, _INTERRUPTED = 1, 130
+_DEBUG = "--debug"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Train linear and hybrid language models on sequences cut over many ranks, exact against one device.
+
+    With --debug anywhere, an error shows its traceback.
+    """
+
+
+def _sizes(command):
+    """The aliases of mesh sizes, turned into overrides."""
+    for name in ("pp", "tp", "dp", "cp"):
+        command = click.option(f"--{name}", type=int, help=f"Same as {name}_size=N.")(command)
+    return command
+
+
+def _with_aliases(overrides: tuple[str, ...], **sizes: int | None) -> list[str]:
+    return [*overrides, *(f"{name}_size={size}" for name, size in sizes.items() if size is not None)]
+
+
+@cli.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_sizes
+def train(config: str, overrides: tuple[str, ...], **sizes: int | None) -> None:
+    """Train as CONFIG (a YAML file) says. Keys are dotted: optimizer.lr=1e-3.
+
+    Starts the ranks of one machine itself; under torchrun it joins those it finds. Ctrl-C saves and stops;
+    the same command goes on from there.
+    """
+    from lasp.launch.rendezvous import Job
+    from lasp.launch.schema import load_config
+
+    run = load_config(config, _with_aliases(overrides, **sizes))
+    job = Job.from_environment()
+    num_ranks = run.cp_size * (run.dp_size or 1)
+    if job is None and run.launcher == "torchrun":
+        raise ValueError(
+            f"launcher=torchrun, but no job is in the environment. Run: torchrun --nproc-per-node {num_ranks} "
+            f"-m lasp.launch.cli train {config}, or set launcher=local."
+        )
+    if job is None and num_ranks > 1:
+        from lasp.launch.local import run_local
+
+        run_local(run, num_ranks)
+    else:
+        from lasp.launch.train import train as train_on_this_rank
+
+        train_on_this_rank(run)
+
+
+@cli.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--cp", "cp_size", type=int, help="Ranks to compare with one; default: the configuration's, at least 2.")
+def verify(config: str, overrides: tuple[str, ...], cp_size: int | None) -> None:
+    """Check that the model of CONFIG gives the same loss and gradients on one rank and on several."""
+    from lasp.launch.schema import load_config
+    from lasp.launch.verify import verify as compare
+
+    run = load_config(config, list(overrides))
+    sys.exit(compare(run, cp_size or max(2, run.cp_size)))
+
+
+@cli.group()
+def data() -> None:
+    """Prepare training data."""
+
+
+@data.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--output", required=True, help="Prefix of the files to write: PREFIX.bin, .idx and .json.")
+@click.option("--tokenizer", default="bytes", show_default=True, help="bytes, or a Hugging Face tokenizers JSON file.")
+@click.option("--glob", "pattern", default="*", show_default=True, help="Which files of a folder to read.")
+def prepare(inputs: tuple[str, ...], output: str, tokenizer: str, pattern: str) -> None:
+    """Turn text files, or folders of them, into Megatron token files: one document per file."""
+    from lasp.launch.token_files import read_texts, write_token_file
+    from lasp.launch.tokenizer import load_tokenizer
+
+    file = write_token_file(output, read_texts(inputs, pattern), load_tokenizer(tokenizer))
+    click.echo(f"{output}.bin, .idx: {len(file):,} documents, {file.num_tokens:,} tokens")
+    click.echo(f"train on it with data.source={output} data.tokenizer={tokenizer}")
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--prompt", required=True, help="Text to go on from.")
+@click.option("--max-new-tokens", type=click.IntRange(0), default=200, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0: the likeliest token.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def generate(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Let a trained model continue a text. CHECKPOINT is a checkpoint or a run directory."""
+    from lasp.launch.generate import load_model, sample_text
+
+    model, tokenizer = load_model(checkpoint)
+    ids = tokenizer.encode(prompt)
+    click.echo(sample_text(model, tokenizer, ids, max_new_tokens, temperature=temperature, seed=seed))
+
+
+@cli.group()
+def checkpoint() -> None:
+    """Look at checkpoints."""
+
+
+@checkpoint.command()
+@click.argument("path")
+def inspect(path: str) -> None:
+    """Verify every byte of a checkpoint and say what it holds."""
+    from lasp.parallel import checkpoint as checkpoints
+
+    saved = checkpoints.load(checkpoints.find(Path(path)))
+    parameters = sum(tensor.numel() for tensor in saved.tensors["model"].values())
+    click.echo(f"{saved.path}: good")
+    click.echo(f"step {saved.step}, {saved.state['data_position']:,} tokens seen, {parameters:,} parameters")
+    for name, tensor in saved.tensors["model"].items():
+        click.echo(f"  {name:<44} {tuple(tensor.shape)!s:<16} {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def main() -> None:
+    """Run the command line: 0 on success, 1 with one clean message on failure, 2 on wrong usage."""
+    arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
+    try:
+        cli(arguments, standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Exception as error:
+        _fail(error, debug=_DEBUG in sys.argv)
+
+
+def _fail(error: Exception, debug: bool) -> None:
+    """One message for what a user can mend; a traceback for what is our fault."""
+    from lasp.launch.local import RankFailure
+
+    if debug and isinstance(error, RankFailure):
+        click.echo(error.details, err=True)
+    elif debug or not isinstance(error, (ValueError, FloatingPointError, RankFailure)):
+        raise error
+    click.secho(f"error: {error}", fg="red", err=True)
+    sys.exit(_FAILURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Ranks on this machine: start them, show the one error that matters, leave nobody behind.
+
+    lasp train CONFIG --cp 4      starts four times      python -m lasp.launch.local WORK_DIR
+
+Each child finds the environment that torchrun would give it, so it cannot tell the difference. The launcher
+hosts the store on the loopback address: it outlives every rank, which lets the others say who died. A child
+that fails leaves its error in WORK_DIR with the time; the earliest is the cause and is shown, the rest are
+its victims. A child whose launcher is gone ends itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lasp.launch.schema import RunConfig
+
+_GRACE_S = 6.0  # for the other ranks to end by themselves after one has failed
+_EXPECTED = (ValueError, FloatingPointError)  # errors whose message is the whole story
+
+
+class RankFailure(RuntimeError):
+    """One rank failed and the job with it. ``details`` is its traceback, where it left one."""
+
+    def __init__(self, message: str, details: str = ""):
+        super().__init__(message)
+        self.details = details
+
+
+def run_local(config: RunConfig, num_ranks: int) -> None:
+    """Train on ``num_ranks`` processes of this machine; returns when all have succeeded.
+
+    Ctrl-C or SIGTERM asks the ranks to save at their next step and end; a second one kills them.
+
+    Raises:
+        RankFailure: a rank failed; the others have been ended.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    with tempfile.TemporaryDirectory(prefix="lasp-local-") as work_dir:
+        (Path(work_dir) / "config.json").write_text(json.dumps(config.plain()))
+        command = [sys.executable, "-m", "lasp.launch.local", work_dir]
+        ranks: list[subprocess.Popen] = []
+        try:
+            with _forwarded_signals(ranks) as signals:
+                for rank in range(num_ranks):
+                    environment = {**os.environ, **_environment(rank, num_ranks, store.port)}
+                    ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+                codes = _wait(ranks)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        if any(codes) and signals.count:
+            raise RankFailure("interrupted; not every rank could save its place.")
+        if any(codes):
+            raise _explain(codes, Path(work_dir))
+
+
+def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun would set, and what keeps a laptop's run on the laptop."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    loopback = "lo" if sys.platform.startswith("linux") else "lo0"
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_ranks))),
+    }
+
+
+def _wait(ranks: list[subprocess.Popen]) -> list[int | None]:
+    """Exit codes when all have ended; after a failure the others have a moment, None if one still runs then."""
+    deadline = float("inf")
+    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        if deadline == float("inf") and any(process.poll() for process in ranks):
+            deadline = time.monotonic() + _GRACE_S
+        time.sleep(0.05)
+    return [process.poll() for process in ranks]
+
+
+def _explain(codes: list[int | None], work_dir: Path) -> RankFailure:
+    """The cause: a rank that was killed, else the earliest error that a rank reported.
+
+    An abort is not a cause: a collective aborts when another rank goes away.
+    """
+    failed = [(rank, code) for rank, code in enumerate(codes) if code]
+    killed = [(rank, -code) for rank, code in failed if code < 0 and code != -signal.SIGABRT]
+    if killed:
+        rank, number = killed[0]
+        hint = " (out of memory, perhaps)" if number == signal.SIGKILL else ""
+        return RankFailure(
+            f"rank {rank} was killed by {signal.Signals(number).name}{hint}; the other ranks were ended."
+        )
+    reports = [json.loads(path.read_text()) for path in work_dir.glob("rank-*.json")]
+    if not reports:
+        rank, code = failed[0]
+        return RankFailure(f"rank {rank} ended with exit code {code} and left no report; see its output above.")
+    cause = min(reports, key=lambda report: report["time"])
+    if cause["expected"]:
+        return RankFailure(cause["message"], cause["traceback"])
+    return RankFailure(f"rank {cause['rank']} failed: {cause['message']}\n{cause['traceback']}")
+
+
+class _forwarded_signals:
+    """SIGINT and SIGTERM reach the ranks as SIGTERM; the second one kills them."""
+
+    def __init__(self, ranks: list[subprocess.Popen]):
+        self._ranks, self.count, self._previous = ranks, 0, {}
+
+    def __enter__(self) -> _forwarded_signals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._forward) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _forward(self, *_: Any) -> None:
+        self.count += 1
+        for process in self._ranks:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM if self.count == 1 else signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a failed rank leaves for the launcher."""
+
+    rank: int
+    time: float
+    expected: bool
+    message: str
+    traceback: str
+
+
+def _end_with_launcher(launcher: int) -> None:
+    """End this process when the launcher is gone, even in the middle of a collective."""
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _child(work_dir: Path) -> None:
+    _end_with_launcher(os.getppid())
+    rank = int(os.environ["RANK"])
+    try:
+        from lasp.launch.train import train
+
+        train(RunConfig.model_validate(json.loads((work_dir / "config.json").read_text())))
+    except BaseException as error:
+        expected = isinstance(error, _EXPECTED)
+        message = str(error) if expected else f"{type(error).__name__}: {error}"
+        report = _Report(rank, time.time(), expected, message, traceback.format_exc())
+        partial = work_dir / f".rank-{rank}"
+        partial.write_text(json.dumps(report.__dict__))
+        partial.rename(work_dir / f"rank-{rank}.json")
+        sys.stdout.flush()
+        os._exit(1)  # an orderly end could wait for ranks that are gone
+
+
+if __name__ == "__main__":
+    _child(Path(sys.argv[1]))

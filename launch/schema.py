@@ -1,0 +1,305 @@
+"""The one typed schema of a run: what a YAML file may say, what the command line may override.
+
+    config = load_config("configs/quickstart.yaml", ["cp_size=2", "optimizer.lr=1e-3", "model.mixer=gla"])
+
+Everything is checked once, here, before anything starts: unknown keys, types, ranges, values that
+contradict one another, parts that are named but not built. Sizes that depend on the data or on the number
+of ranks are checked where these are known, in :mod:`lasp.launch.data` and :mod:`lasp.parallel.mesh`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from lasp.config import MixerConfig, ModelConfig
+from lasp.launch.tokenizer import BYTES, load_tokenizer
+
+ALIASES = {"cp": "cp_size", "dp": "dp_size", "tp": "tp_size", "pp": "pp_size"}
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"should be a number, got {value!r}.")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_refuse_bool)]
+Count = Annotated[Integer, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """What to learn from.
+
+    Attributes:
+        source: ``stdlib`` (the running interpreter's standard library) or the prefix of a prepared
+        .bin/.idx pair. tokenizer: ``bytes`` or a Hugging Face tokenizers JSON file. seq_len: tokens of one
+        packed sequence, over all cp ranks. batch_size: sequences per optimizer step, over all ranks; above
+        dp_size they are accumulated. eval_fraction: share of the documents that is held out.
+    """
+
+    source: str = "stdlib"
+    tokenizer: str = BYTES
+    seq_len: Annotated[Integer, Field(ge=2)] = 16384
+    batch_size: Count = 1
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+
+
+class OptimizerConfig(_Section):
+    """AdamW, linear warmup, cosine decay from ``lr`` to ``min_lr``. ``clip``: largest gradient norm, or null."""
+
+    lr: Positive = 3e-3
+    min_lr: NonNegative = 0.0
+    warmup_steps: Annotated[Integer, Field(ge=0)] = 0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip: Positive | None = 1.0
+
+
+class CheckpointConfig(_Section):
+    """Checkpoints in ``run_dir/checkpoints``.
+
+    Attributes:
+        every: steps between two; null: only at the end.
+        keep: how many to keep; null: all.
+        resume: true: continue from the newest good one; false: start over (older results are moved aside);
+            or the path of a checkpoint to continue from.
+    """
+
+    every: Count | None = None
+    keep: Count | None = 2
+    resume: bool | str = True
+
+
+class EvalConfig(_Section):
+    """Held-out loss every so many steps (null: only at the end), over at most ``sequences`` sequences."""
+
+    every: Count | None = None
+    sequences: Count = 4
+
+
+class LogConfig(_Section):
+    """What a run leaves to read.
+
+    Attributes:
+        every_s: seconds between two lines where no terminal shows a progress bar.
+        tensorboard: write event files.
+        sample_tokens: length of the text that the trained model writes at the end; 0: none.
+    """
+
+    every_s: NonNegative = 5.0
+    tensorboard: bool = True
+    sample_tokens: Annotated[Integer, Field(ge=0)] = 200
+
+
+class RunConfig(_Section):
+    """A run. Top-level keys of the YAML file.
+
+    Attributes:
+        steps: optimizer steps.
+        dtype: what the model computes in; master weights are fp32 (fp64 with float64).
+        cp_size, dp_size: ranks per sequence, sequences in flight; dp_size null: from the number of ranks, 1
+        if local. device: ``auto`` takes CUDA where every local rank gets a device of its own, else the CPU.
+        layout, exchange: how a sequence is cut, how states travel. timeout_s: how long a rank waits for
+        another one in a collective. model: fields of ModelConfig, or ``preset`` with fields on top;
+        vocab_size defaults to the tokenizer's.
+    """
+
+    run_dir: Path
+    seed: Annotated[Integer, Field(ge=0)] = 0
+    steps: Count
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    cp_size: Count = 1
+    dp_size: Count | None = None
+    tp_size: Count = 1
+    pp_size: Count = 1
+    backend: Literal["native", "megatron"] = "native"
+    engine: Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"] = "ddp"
+    launcher: Literal["local", "torchrun", "ray"] = "local"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    layout: Literal["contiguous", "zigzag"] = "contiguous"
+    exchange: Literal["all_gather"] = "all_gather"
+    timeout_s: Positive = 600.0
+    model: Annotated[ModelConfig, BeforeValidator(ModelConfig.from_dict)]
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _vocabulary_from_tokenizer(cls, values: Any) -> Any:
+        model = values.get("model") if isinstance(values, dict) else None
+        if isinstance(model, str):
+            model = {"preset": model}
+        if isinstance(model, Mapping) and "vocab_size" not in model:
+            data = values.get("data") or {}
+            name = data.get("tokenizer", BYTES) if isinstance(data, Mapping) else data.tokenizer
+            values = {**values, "model": {**model, "vocab_size": load_tokenizer(str(name)).vocab_size}}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        for key, built in (("backend", "native"), ("engine", "ddp"), ("tp_size", 1), ("pp_size", 1)):
+            if getattr(self, key) != built:
+                raise ValueError(f"{key}={getattr(self, key)} is not built yet; use {key}={built}.")
+        if self.launcher == "ray":
+            raise ValueError("launcher=ray is not built yet; use launcher=local or launcher=torchrun.")
+        if not self.model.causal:
+            raise ValueError(
+                "model.mixer.causal=false is an encoder; this objective predicts the next token. "
+                "Set model.mixer.causal=true."
+            )
+        if self.data.seq_len < self.cp_size:
+            raise ValueError(
+                f"data.seq_len = {self.data.seq_len} tokens cannot be cut over cp_size = {self.cp_size} ranks: "
+                "each needs at least one. Use longer sequences or fewer ranks."
+            )
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} must not exceed steps = {self.steps}."
+            )
+        if self.optimizer.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"optimizer.min_lr = {self.optimizer.min_lr} must not exceed optimizer.lr = {self.optimizer.lr}."
+            )
+        if self.data.batch_size % (self.dp_size or 1):
+            raise ValueError(
+                f"data.batch_size = {self.data.batch_size} sequences per step must be a multiple of dp_size = "
+                f"{self.dp_size}. Set data.batch_size to one."
+            )
+        return self
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as torch knows it."""
+        return getattr(torch, self.dtype)
+
+    def plain(self) -> dict[str, Any]:
+        """Every value as JSON and YAML know it; :meth:`model_validate` takes it back."""
+        return self.model_dump(mode="json")
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """A YAML file with ``key=value`` overrides on top; keys are dotted, values are YAML.
+
+    Raises:
+        ValueError: naming the file or override, the key, the rule and the value.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"configuration {path} does not exist.")
+    try:
+        values = yaml.load(Path(path).read_text(), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of keys, got {type(values).__name__}.")
+    _check_keys(values, str(path))
+    for text in overrides:
+        _apply_override(values, text)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors()]
+        source = f"{path} with {', '.join(overrides)}" if overrides else str(path)
+        raise ValueError(f"{source}: " + "\n  ".join(lines)) from error
+
+
+def _apply_override(values: dict[str, Any], text: str) -> None:
+    """Set one dotted key. A named preset on the way becomes a mapping, so that its fields can be set."""
+    key, equals, value_text = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {text!r} must have the form key=value, like optimizer.lr=1e-3.")
+    try:
+        value = yaml.load(value_text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {text!r}: the value is not valid YAML: {error}") from error
+    *sections, last = ALIASES.get(key, key).split(".")
+    _check_keys(_nest([*sections, last], value), f"override {text!r}")
+    at = values
+    for section in sections:
+        inner = at.get(section)
+        at[section] = {"preset": inner} if isinstance(inner, str) else dict(inner or {})
+        at = at[section]
+    at[last] = value
+
+
+def _nest(keys: list[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _known_keys(owner: type) -> dict[str, type | None]:
+    """Keys of a section, each with the type of the section below it, if any."""
+    if dataclasses.is_dataclass(owner):
+        below = {"mixer": MixerConfig}
+        return {"preset": None} | {f.name: below.get(f.name) for f in dataclasses.fields(owner)}
+    below = {"model": ModelConfig}
+    for name, info in owner.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, _Section):
+            below[name] = info.annotation
+    return {name: below.get(name) for name in owner.model_fields}
+
+
+def _check_keys(values: Mapping[str, Any], source: str, owner: type = RunConfig, prefix: str = "") -> None:
+    known = _known_keys(owner)
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=3, cutoff=0.6)
+            guess = f" Did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
+            where = f"of {prefix[:-1]}" if prefix else "at the top"
+            raise ValueError(f"{source}: unknown key {prefix}{key}.{guess} Keys {where}: {', '.join(known)}.")
+        section = known[key]
+        if section is not None and isinstance(value, Mapping):
+            _check_keys(value, source, section, f"{prefix}{key}.")
+        elif section is None and isinstance(value, Mapping):
+            raise ValueError(f"{source}: {prefix}{key} holds one value and no keys below it, got {dict(value)!r}.")
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    """One pydantic problem as key, rule and value."""
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if problem["type"] == "missing":
+        return f"{key} is required."
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key} {message}, got {problem['input']!r}."
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses repeated keys, of which the last would win, and reads 1e-3 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        keys = list(self._keys(node))
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} is given twice near line {node.start_mark.line + 1}")
+        return mapping
+
+    def _keys(self, node: yaml.MappingNode) -> Iterator[str]:
+        for key, _ in node.value:
+            yield key.value
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
+)

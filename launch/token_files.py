@@ -1,0 +1,175 @@
+"""Token files in Megatron-Core's format: ``PREFIX.bin`` holds tokens, ``PREFIX.idx`` where each document
+starts.
+
+    PREFIX.idx, little endian:  magic "MMIDIDX\\0\\0", version u64 = 1, dtype code u8,
+                                sequences u64, document indices u64,
+                                lengths i32[sequences], byte offsets i64[sequences], document indices
+                                i64[...]
+
+One document is one sequence here and ends with the tokenizer's eos. ``PREFIX.json`` says which tokenizer
+made them; Megatron does not read it. ``lasp data prepare`` writes such files, training maps them into
+memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lasp.launch.tokenizer import Tokenizer
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+
+
+class TokenFile:
+    """A prepared data set, mapped into memory: ``len(file)`` documents, ``file.document(i)`` its tokens."""
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = Path(prefix)
+        index, tokens = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
+        for path in (index, tokens):
+            if not path.is_file():
+                raise ValueError(
+                    f"data.source {prefix!s}: {path} does not exist. Make it with `lasp data prepare INPUT... "
+                    f"--output {prefix!s}`, or use data.source=stdlib."
+                )
+        self.lengths, self._offsets, self._dtype = _read_index(index)
+        end = int(self._offsets[-1] + self.lengths[-1] * self._dtype.itemsize) if len(self.lengths) else 0
+        size = tokens.stat().st_size
+        if size < end:
+            raise ValueError(f"{tokens} is truncated: {size} bytes, {index.name} says {end}. Prepare the data again.")
+        self._bytes = np.memmap(tokens, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
+        info = with_suffix(prefix, ".json")
+        self.info: dict = json.loads(info.read_text()) if info.is_file() else {}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def document(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens ``[start, stop)`` of a document, int64."""
+        length = int(self.lengths[index])
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise ValueError(f"[{start}, {stop}) is not inside document {index} of {length} tokens.")
+        size = self._dtype.itemsize
+        begin = int(self._offsets[index]) + start * size
+        return self._bytes[begin : begin + (stop - start) * size].view(self._dtype).astype(np.int64)
+
+
+def write_token_file(prefix: str | Path, texts: Iterable[str], tokenizer: Tokenizer) -> TokenFile:
+    """Tokenize documents into ``prefix``.bin/.idx/.json. Files appear whole or not at all.
+
+    Raises:
+        ValueError: no document holds any text.
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 65500 else np.int32)
+    prefix = Path(prefix)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    suffixes = (".bin", ".idx", ".json")
+    temporary = {s: with_suffix(prefix, f"{s}.tmp{os.getpid()}") for s in suffixes}
+    lengths: list[int] = []
+    try:
+        with temporary[".bin"].open("wb") as tokens:
+            for text in texts:
+                if not text:
+                    continue
+                ids = np.asarray([*tokenizer.encode(text), tokenizer.eos], dtype)
+                if len(ids) >= 2**31:
+                    raise ValueError(f"document {len(lengths)} has {len(ids)} tokens; the format holds < 2^31.")
+                tokens.write(ids.tobytes())
+                lengths.append(len(ids))
+        if not lengths:
+            raise ValueError(f"no text to prepare for {prefix}: every input is empty. Name files that hold text.")
+        _write_index(temporary[".idx"], lengths, dtype)
+        info = {
+            "tokenizer": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "eos": tokenizer.eos,
+            "documents": len(lengths),
+            "tokens": sum(lengths),
+        }
+        temporary[".json"].write_text(json.dumps(info, indent=1))
+        for suffix in suffixes:
+            os.replace(temporary[suffix], with_suffix(prefix, suffix))
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    return TokenFile(prefix)
+
+
+def read_texts(inputs: Iterable[str | Path], pattern: str = "*") -> Iterator[str]:
+    """The text of each file: named ones, and those below named folders whose name matches, in sorted order.
+
+    Raises:
+        ValueError: an input that does not exist; no file at all.
+    """
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if not path.exists():
+            raise ValueError(f"input {path} does not exist.")
+        files += sorted(p for p in path.rglob(pattern) if p.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"no file to read: no input holds a file that matches {pattern!r}.")
+    for file in files:
+        yield file.read_text(encoding="utf-8", errors="surrogateescape")
+
+
+def stdlib_files() -> list[Path]:
+    """Sources of the running interpreter's standard library, in sorted order, without tests and packages."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = [p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts)]
+    if not files:
+        raise ValueError(f"data.source=stdlib: {root} holds no *.py source. Prepare other text and name it.")
+    return sorted(files)
+
+
+def with_suffix(prefix: str | Path, suffix: str) -> Path:
+    """``prefix`` + ``suffix``; a prefix may have dots of its own."""
+    return Path(f"{prefix}{suffix}")
+
+
+def _write_index(path: Path, lengths: list[int], dtype: np.dtype) -> None:
+    sizes = np.asarray(lengths, np.int64) * dtype.itemsize
+    with path.open("wb") as file:
+        file.write(_MAGIC + struct.pack("<QB", 1, _CODES[dtype]))
+        file.write(struct.pack("<QQ", len(lengths), len(lengths) + 1))
+        file.write(np.asarray(lengths, "<i4").tobytes())
+        file.write((np.cumsum(sizes) - sizes).astype("<i8").tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype]:
+    """Document lengths in tokens, their byte offsets, and the token dtype."""
+    content = path.read_bytes()
+    head = struct.calcsize("<9sQBQQ")
+    if len(content) < head or not content.startswith(_MAGIC):
+        raise ValueError(f"{path} is not a Megatron index file: it does not start with {_MAGIC!r}.")
+    _, version, code, sequences, marks = struct.unpack("<9sQBQQ", content[:head])
+    if version != 1 or code not in _DTYPES:
+        raise ValueError(f"{path} has version {version}, dtype code {code}; expected 1 and one of {list(_DTYPES)}.")
+    if len(content) < head + 12 * sequences + 8 * marks:
+        raise ValueError(f"{path} is truncated: {len(content)} bytes for {sequences} sequences.")
+    lengths = np.frombuffer(content, "<i4", sequences, head)
+    offsets = np.frombuffer(content, "<i8", sequences, head + 4 * sequences)
+    return lengths, offsets, np.dtype(_DTYPES[code])

@@ -1,0 +1,292 @@
+"""One training run, top to bottom: ``train(config)`` on every rank, whoever started it.
+
+torchrun --nproc-per-node 4 -m lasp.launch.cli train configs/quickstart.yaml     joins the ranks it
+finds lasp train configs/quickstart.yaml                                               starts them
+(lasp.launch.local)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import signal
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
+from lasp.launch.generate import sample_text
+from lasp.launch.rendezvous import Job, choose_device, process_group
+from lasp.launch.report import PLOT, Report, peak_memory_bytes
+from lasp.launch.schema import RunConfig
+from lasp.launch.tokenizer import Tokenizer, load_tokenizer
+from lasp.model import LinearLlama
+from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.engine import DataParallelEngine, OptimizerSettings
+from lasp.parallel.mesh import Mesh
+
+
+def train(config: RunConfig) -> None:
+    """Train as ``config`` says, on this rank. All ranks of the job call it.
+
+    Raises:
+        ValueError: the configuration does not fit the data, the ranks, or the checkpoint; on every rank.
+        FloatingPointError: the loss stopped being finite; on every rank.
+    """
+    job = Job.from_environment() or Job()
+    device = choose_device(config.device, job)
+    timeout = timedelta(seconds=config.timeout_s)
+    with process_group(job, device, timeout):
+        _train(config, Mesh.build(config.cp_size, config.dp_size, device=device, timeout=timeout), timeout)
+
+
+def _train(config: RunConfig, mesh: Mesh, timeout: timedelta) -> None:
+    torch.manual_seed(config.seed)
+    mesh.on_first(lambda: _prepare_run_dir(config))
+
+    # Data: the first rank prepares it once, all map the same files.
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    mesh.on_first(lambda: len(open_source(config.data.source, config.run_dir / "data", tokenizer)))
+    file = open_source(config.data.source, config.run_dir / "data", tokenizer)
+    learn, held_out = split_documents(len(file), config.data.eval_fraction)
+    stream = PackedStream(file, learn, config.seed, config.model.vocab_size)
+    plan = DataPlan(config.data.seq_len, config.data.batch_size, config.layout, config.exchange)
+    plan.micro_steps(mesh)
+    eval_batches = []
+    if len(held_out):
+        held_out_stream = PackedStream(file, held_out, None, config.model.vocab_size)
+        eval_batches = plan.eval_batches(held_out_stream, config.eval.sequences, mesh)
+
+    # Model and engine: the same initial values at every number of ranks.
+    model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed)).to(mesh.device)
+    engine = DataParallelEngine(model, mesh, _optimizer_settings(config), config.torch_dtype)
+    position, notes = _resume(config, engine, mesh)
+
+    report = Report(config, engine.step_count, active=mesh.is_first)
+    report.table("run", _derived(config, mesh, engine, plan, stream, len(file), len(held_out)))
+    for note in notes:
+        report.warn(note)
+    if engine.step_count:
+        report.say(f"resumed at step {engine.step_count} of {config.steps}")
+    if engine.step_count >= config.steps:
+        report.say(
+            f"{config.run_dir} already holds step {engine.step_count} of {config.steps}. Raise steps=, choose "
+            "another run_dir=, or start over with checkpoint.resume=false."
+        )
+
+    first_step, saved, started = engine.step_count, None, time.perf_counter()
+    with report, _StopSignals() as stop:
+        while engine.step_count < config.steps:
+            step_started = time.perf_counter()
+            batches = plan.step_batches(stream, position, mesh)
+            try:
+                result = engine.step(batches)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} {_last_good(config)}") from None
+            position += plan.step_tokens
+            seconds = time.perf_counter() - step_started
+            step, last = engine.step_count, engine.step_count == config.steps
+            record = {
+                "step": step,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "labels": result.labels,
+                "tokens": position,
+                "seconds": seconds,
+                "tokens_per_s": plan.step_tokens / seconds,
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+            if held_out.size and (last or _due(step, config.eval.every)):
+                record["eval_loss"] = engine.evaluate(eval_batches)
+            report.step(record)
+            stopping = mesh.any(stop.requested)
+            if last or stopping or _due(step, config.checkpoint.every):
+                saved = _save(config, engine, mesh, tokenizer, position)
+            if stopping:
+                break
+        elapsed = time.perf_counter() - started
+    if stopping_early := engine.step_count < config.steps:
+        report.say(f"stopped at step {engine.step_count} of {config.steps}; saved {saved}. Run again to go on.")
+
+    peaks = mesh.gather(peak_memory_bytes())
+    report.plot()
+    report.table("summary", _summary(config, engine, report, plan, first_step, elapsed, peaks))
+    if mesh.is_first and config.log.sample_tokens and not stopping_early:
+        prompt = file.document(int((held_out if len(held_out) else learn)[0]), 0).tolist()[:48]
+        text = sample_text(model, tokenizer, prompt, config.log.sample_tokens, seed=config.seed)
+        report.say(f"\nsample\n{text}")
+
+
+def _optimizer_settings(config: RunConfig) -> OptimizerSettings:
+    return OptimizerSettings(steps=config.steps, **config.optimizer.model_dump())
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _prepare_run_dir(config: RunConfig) -> None:
+    """Make the directory and note the configuration in it; on a fresh start, move older results aside."""
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if config.checkpoint.resume is False:
+        old = [path for path in run_dir.iterdir() if path.name in ("checkpoints", "metrics.jsonl", "tensorboard")]
+        if old:
+            n = 1 + max((int(p.name[9:]) for p in run_dir.glob("previous-*") if p.name[9:].isdigit()), default=0)
+            aside = run_dir / f"previous-{n}"
+            aside.mkdir()
+            for path in old:
+                path.rename(aside / path.name)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+
+
+def _resume(config: RunConfig, engine: DataParallelEngine, mesh: Mesh) -> tuple[int, list[str]]:
+    """Continue from a checkpoint if there is one: the data position, and what the user should know."""
+    found: list[checkpoints.Checkpoint] = []
+    notes: list[str] = []
+
+    def read() -> dict[str, Any] | None:
+        resume = config.checkpoint.resume
+        if isinstance(resume, str):
+            found.append(checkpoints.load(checkpoints.find(Path(resume))))
+        elif resume and (checkpoint := checkpoints.load_newest(config.run_dir / "checkpoints", notes.append)):
+            found.append(checkpoint)
+        if not found:
+            return None
+        shapes = {name: tuple(x.shape) for name, x in engine.model_tensors().items()}
+        checkpoints.check_same_model(found[0], dataclasses.asdict(config.model), shapes)
+        notes.extend(_changes(found[0].state["config"], config.plain()))
+        return found[0].state
+
+    state = mesh.on_first(read)
+    if state is None:
+        return 0, notes
+    tensors = found[0].tensors if found else {}
+    engine.load(state["step"], tensors.get("model"), tensors.get("optimizer"))
+    random_state = tensors["optimizer"]["random_state"] if found else torch.get_rng_state()
+    torch.set_rng_state(mesh.broadcast(random_state.to(mesh.device)).cpu())
+    return state["data_position"], notes
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Settings that differ from those of the checkpoint and change what is learned from here on."""
+    changed = [
+        f"{section}.{key}: {old[section].get(key)!r} -> {value!r}"
+        for section in ("data", "optimizer")
+        for key, value in new[section].items()
+        if old[section].get(key) != value
+    ]
+    changed += [
+        f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in ("seed", "dtype", "steps") if old.get(key) != new[key]
+    ]
+    return [f"this run differs from its checkpoint: {', '.join(changed)}"] if changed else []
+
+
+def _save(config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: Tokenizer, position: int) -> str:
+    """Write a checkpoint from the first rank; every rank learns whether it worked."""
+    model = dataclasses.asdict(config.model)
+    state = {
+        "data_position": position,
+        "seed": config.seed,
+        "model": model,
+        "model_digest": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
+        "tokenizer": tokenizer.name,
+        "schedule": {"step": engine.step_count, "steps": config.steps},
+        "config": config.plain(),
+    }
+    content = tokenizer.to_json()
+
+    def write() -> str:
+        tensors = {
+            "model": engine.model_tensors(),
+            "optimizer": {**engine.optimizer_tensors(), "random_state": torch.get_rng_state()},
+        }
+        extras = {} if content is None else {"tokenizer.json": content}
+        directory = config.run_dir / "checkpoints"
+        return str(
+            checkpoints.save(directory, engine.step_count, tensors, state, keep=config.checkpoint.keep, extras=extras)
+        )
+
+    return mesh.on_first(write)
+
+
+def _last_good(config: RunConfig) -> str:
+    paths = checkpoints.list_checkpoints(config.run_dir / "checkpoints")
+    return f"The last checkpoint is {paths[-1]}." if paths else "There is no checkpoint of this run yet."
+
+
+def _derived(
+    config: RunConfig,
+    mesh: Mesh,
+    engine: DataParallelEngine,
+    plan: DataPlan,
+    stream: PackedStream,
+    documents: int,
+    held_out: int,
+) -> dict[str, str]:
+    """Every number that follows from the configuration, said once."""
+    model = config.model
+    return {
+        "ranks": f"dp {mesh.dp_size} x cp {mesh.cp_size} = {mesh.world_size}, {mesh.device.type}, "
+        f"{torch.get_num_threads()} thread(s) each",
+        "model": f"{engine.num_parameters:,} parameters, layers {model.layer_kinds}, width {model.dim}, "
+        f"vocabulary {model.vocab_size}, {config.dtype}",
+        "data": f"{documents - held_out:,} documents, {stream.epoch_tokens:,} tokens per epoch; {held_out} held out",
+        "sequence": f"{plan.seq_len:,} tokens, about {plan.seq_len // mesh.cp_size:,} per rank, {config.layout}",
+        "step": f"{plan.batch_size} sequence(s) = {plan.step_tokens:,} tokens, {plan.micro_steps(mesh)} micro "
+        "step(s) per rank",
+        "run": f"{config.steps} steps = {config.steps * plan.step_tokens:,} tokens = "
+        f"{config.steps * plan.step_tokens / stream.epoch_tokens:.3g} epochs, in {config.run_dir}",
+    }
+
+
+def _summary(
+    config: RunConfig,
+    engine: DataParallelEngine,
+    report: Report,
+    plan: DataPlan,
+    first_step: int,
+    elapsed: float,
+    peaks: list[int],
+) -> dict[str, str]:
+    tokens = (engine.step_count - first_step) * plan.step_tokens
+    rows = {"steps": f"{engine.step_count} of {config.steps}", "tokens": f"{tokens:,} in {elapsed:.1f} s"}
+    if elapsed and tokens:
+        rows["throughput"] = f"{tokens / elapsed:,.0f} tokens/s, evaluation and checkpoints included"
+    if report.records:
+        rows["training loss"] = f"{report.records[0]['loss']:.4f} -> {report.records[-1]['loss']:.4f} nats/token"
+    evaluated = [record for record in report.records if "eval_loss" in record]
+    if evaluated:
+        rows["held-out loss"] = f"{evaluated[-1]['eval_loss']:.4f} nats/token at step {evaluated[-1]['step']}"
+    rows["parameters"] = f"{engine.num_parameters:,}"
+    rows["peak memory"] = ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks) + " MiB (one number per rank)"
+    rows["checkpoints"] = str(config.run_dir / "checkpoints")
+    rows["metrics, plot"] = f"{config.run_dir / 'metrics.jsonl'}, {config.run_dir / PLOT}"
+    return rows
+
+
+class _StopSignals:
+    """SIGTERM and SIGINT set a flag while the block runs: the loop stops at the border of a step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._set) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _set(self, *_: object) -> None:
+        self.requested = True

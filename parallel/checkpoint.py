@@ -1,0 +1,265 @@
+"""Checkpoints that are whole or absent: written aside, hashed, named last; read only when every byte is
+right.
+
+    run_dir/checkpoints/step-00000200/
+        model.safetensors        every parameter by name, in the master's dtype
+        optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, and the random state
+        state.json               step, data position in global tokens, the model's configuration, ...
+        manifest.json            size and sha256 of each file above, written last
+
+A save goes to a temporary directory beside its place, is flushed to the disk, and is renamed; a crash at
+any moment leaves the older checkpoints untouched and at most a directory whose name no reader looks at.
+Nothing depends on the number of ranks. Tensors are safetensors and all else is JSON: reading a checkpoint
+runs no code of its author. The manifest finds damage; it is no signature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT, VERSION = "lasp-checkpoint", 1
+MANIFEST, STATE = "manifest.json", "state.json"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory.
+
+    Attributes:
+        path: where it was read.
+        state: the JSON part.
+        tensors: groups of tensors by file stem: ``model``, ``optimizer``.
+        extras: other files by name, as bytes.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+    extras: dict[str, bytes]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state["step"]
+
+
+def save(
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int | None = None,
+    extras: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write ``directory/step-NNNNNNNN`` atomically, then delete all but the newest ``keep``.
+
+    Args:
+        tensors: groups; each becomes ``GROUP.safetensors``.
+        state: what JSON can hold; ``step`` is added.
+        keep: checkpoints to keep, this one included. None: all.
+        extras: further files by name.
+
+    Returns:
+        the checkpoint's directory.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep must be at least 1, or None to keep all, got {keep}.")
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = directory / f"{_TEMPORARY}step-{step:08d}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        for group, members in tensors.items():
+            # Views of one flat buffer share its storage, which the format does not hold: one copy per group.
+            copies = {name: x.detach().cpu().clone() for name, x in members.items()}
+            save_file(copies, temporary / f"{group}.safetensors")
+        for name, content in (extras or {}).items():
+            (temporary / name).write_bytes(content)
+        (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1, sort_keys=True))
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in [*temporary.iterdir(), temporary]:
+            _flush_to_disk(path)
+        final = directory / f"step-{step:08d}"
+        replaced = _move_aside(final) if final.exists() else None
+        os.rename(temporary, final)
+        _flush_to_disk(directory)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if keep is not None:
+        for old in list_checkpoints(directory)[:-keep]:
+            shutil.rmtree(_move_aside(old), ignore_errors=True)
+    return final
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in ``directory``, oldest step first, good or damaged."""
+    found = [p for p in directory.glob("step-*") if _STEP_NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(_STEP_NAME.fullmatch(p.name).group(1)))
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, after every file's size and hash have been compared with it.
+
+    Raises:
+        ValueError: nothing there, something else there, or a damaged file; the message names it.
+    """
+    if not path.exists():
+        raise ValueError(f"checkpoint {path} does not exist. Checkpoints are in RUN_DIR/checkpoints.")
+    if not path.is_dir():
+        raise ValueError(f"checkpoint {path} is a file; a checkpoint is a directory with a {MANIFEST}.")
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}. Name a step-NNNNNNNN directory.")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        known = manifest["format"] == FORMAT and isinstance(manifest["files"], dict)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error}).") from error
+    if not known or manifest.get("version") != VERSION:
+        raise ValueError(
+            f"checkpoint {path} has format {manifest['format']!r} version {manifest.get('version')!r}; "
+            f"this program reads {FORMAT!r} version {VERSION}."
+        )
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise ValueError(f"checkpoint {path} is damaged: {name} is missing.")
+        size = file.stat().st_size
+        if size != expected["size"]:
+            raise ValueError(
+                f"checkpoint {path} is damaged: {name} has {size} bytes, its manifest says {expected['size']}."
+            )
+        if _fingerprint(file) != expected:
+            raise ValueError(f"checkpoint {path} is damaged: {name} does not have its hash in {MANIFEST}.")
+    return manifest
+
+
+def load(path: Path) -> Checkpoint:
+    """Verify and read a checkpoint.
+
+    Raises:
+        ValueError: see :func:`verify`.
+    """
+    names = verify(path)["files"]
+    try:
+        state = json.loads((path / STATE).read_text())
+        state["step"] = int(state["step"])
+        stems = {name: name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors")}
+        tensors = {stem: load_file(path / name) for name, stem in stems.items()}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read, though its hashes are right: {error}") from error
+    extras = {name: (path / name).read_bytes() for name in names if name not in {*stems, STATE}}
+    return Checkpoint(path, state, tensors, extras)
+
+
+def load_newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest good checkpoint of a run; None where there is none yet. Tells ``warn`` of each damaged
+    one.
+
+    Raises:
+        ValueError: there are checkpoints and none is good: starting over silently would hide the loss.
+    """
+    paths = list_checkpoints(directory)
+    for path in reversed(paths):
+        try:
+            return load(path)
+        except ValueError as error:
+            warn(f"{error} Trying the checkpoint before it.")
+    if paths:
+        raise ValueError(
+            f"none of the {len(paths)} checkpoints in {directory} is good. Start over with checkpoint.resume=false."
+        )
+    return None
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a user means: a checkpoint, or the newest of a run directory."""
+    if (path / MANIFEST).exists():
+        return path
+    for directory in (path, path / "checkpoints"):
+        if found := list_checkpoints(directory):
+            return found[-1]
+    return path
+
+
+def check_same_model(checkpoint: Checkpoint, model_config: Mapping[str, Any], shapes: Mapping[str, tuple]) -> None:
+    """Refuse a checkpoint of another model.
+
+    Args:
+        model_config: of this run, as plain values.
+        shapes: of this run's parameters, by name.
+
+    Raises:
+        ValueError: naming the keys of the configuration, or the tensors, that differ.
+    """
+    theirs = _flatten(checkpoint.state.get("model", {}))
+    ours = _flatten(json.loads(json.dumps(model_config)))
+    differing = [
+        f"{key} is {theirs.get(key, 'absent')!r} in the checkpoint and {ours.get(key, 'absent')!r} here"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key, "absent") != ours.get(key, "absent")
+    ]
+    saved = {name: tuple(x.shape) for name, x in checkpoint.tensors.get("model", {}).items()}
+    differing += [
+        f"tensor {name} is {saved.get(name, 'absent')} in the checkpoint and {shapes.get(name, 'absent')} here"
+        for name in sorted({*saved, *shapes})
+        if saved.get(name) != shapes.get(name)
+    ]
+    if differing:
+        shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
+        raise ValueError(
+            f"checkpoint {checkpoint.path} is of another model: {shown}. Use its configuration, another run_dir, "
+            "or checkpoint.resume=false."
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "model") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}"
+        flat |= _flatten(value, name) if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_aside(path: Path) -> Path:
+    """Take a checkpoint's name away before it is deleted: one half deleted must not look damaged."""
+    nameless = path.with_name(f"{_TEMPORARY}old-{path.name}-{uuid.uuid4().hex[:8]}")
+    os.rename(path, nameless)
+    return nameless
