@@ -180,9 +180,9 @@ def _check(q, k, v, g, beta, cp, causal, initial_state, output_final_state, impl
             raise ValueError(f"{name} must have q's batch size {q.shape[0]}, got {x.shape[0]}.")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must have the same head dim K: {q.shape[-1]} and {k.shape[-1]}.")
-    heads = num_heads(q, k, v, g)
     if g is not None:
         _check_gate(g, q, causal)
+    heads = num_heads(q, k, v, g)
     for name, x in (("q", q), ("k", k), ("v", v), ("g", g)):
         if x is not None and heads % num_heads(x):
             raise ValueError(
