@@ -86,12 +86,10 @@ class _ShortConvolution(torch.autograd.Function):
         dtype, rows = state_dtype(x.dtype), _token_rows(cp, pad, x.device)
         padded = _padded(x, halo, plan, cp)
         dz = dy.new_zeros(padded.shape, dtype=dtype)  # gradient of the sums, zero at rows that are no token
-        if ctx.activation is None:
-            dz[:, pad:][:, rows] = dy.to(dtype)
-        else:
-            z = _taps(padded, weight, bias, dtype)[:, rows]
-            gate = z.sigmoid()
-            dz[:, pad:][:, rows] = dy.to(dtype) * gate * (1 + z * (1 - gate))
+        dy = dy.to(dtype)
+        if ctx.activation is not None:
+            dy = torch.ops.aten.silu_backward(dy, _taps(padded, weight, bias, dtype)[:, rows])
+        dz[:, pad:][:, rows] = dy
         taps = weight.to(dtype).unbind(1)
         dpadded = dz * taps[-1]
         for w in range(1, pad + 1):
@@ -134,7 +132,8 @@ def _token_rows(cp: CPContext, pad: int, device: torch.device) -> slice | Tensor
         return slice(0, cp.num_tokens)
 
     def make() -> Tensor:
-        lengths = torch.tensor([len(s) for s in cp.segments]).to(device)
+        lengths = torch.tensor([len(s) for s in cp.segments], pin_memory=device.type == "cuda")
+        lengths = lengths.to(device, non_blocking=True)
         skipped = torch.arange(len(cp.segments), device=device) * pad
         skipped = skipped.repeat_interleave(lengths, output_size=cp.num_tokens)
         return skipped + torch.arange(cp.num_tokens, device=device)

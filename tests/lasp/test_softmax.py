@@ -1,4 +1,6 @@
+import contextlib
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasp import comm
+from lasp import comm, softmax
 from lasp.context import CPContext
 from lasp.halo import halo_plan
 from lasp.kernels import reference
@@ -131,6 +133,34 @@ def probe_causality(group):
 
 def test_causality_probe(ranks):
     ranks.run(probe_causality, size=3)
+
+
+def order_of_events(group):
+    """What this rank starts, in order: a gather (g), the attention of a head group (a), a scatter (s)."""
+    layout = SequenceLayout.zigzag(24, dist.get_world_size(group))
+    *local, _ = (layout.shard(x, dist.get_rank(group)) for x in make(5, 1, 24, 8, 4, 4, 4))
+    local[0].requires_grad_()
+    events = []
+
+    def noted(event, function):
+        return lambda *args, **kwargs: events.append(event) or function(*args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for owner, name, event in (
+            (comm, "all_gather", "g"),
+            (comm, "reduce_scatter", "s"),
+            (softmax, "softmax_forward", "a"),
+            (softmax, "softmax_backward", "a"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, noted(event, getattr(owner, name))))
+        o = softmax_attention(*local, cp=CPContext(layout, group))
+        events.append("|")
+        o.sum().backward()
+    return "".join(events)
+
+
+def test_the_next_gather_is_in_flight_during_attention(ranks):
+    assert ranks.run(order_of_events, size=2) == ["ggagagaa|ggasgasgasas"] * 2
 
 
 def window_bytes(group, length):
