@@ -17,17 +17,28 @@ from lasp.softmax import softmax_attention
 Rotary = Mapping[int, tuple[Tensor, Tensor]]
 
 
-def linear(d_in: int, d_out: int, device=None, dtype=None) -> nn.Linear:
-    """A bias-free nn.Linear without values: the model fills all parameters from one generator."""
-    layer = nn.Linear(d_in, d_out, bias=False, device="meta", dtype=dtype)
-    return layer.to_empty(device=torch.get_default_device() if device is None else device)
+class Linear(nn.Linear):
+    """A projection without bias. Made without values: the model fills all parameters from one generator."""
+
+    def __init__(self, d_in: int, d_out: int, device=None, dtype=None):
+        super().__init__(d_in, d_out, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Nothing: see :meth:`lasp.model.LinearLlama.reset_parameters`."""
+
+
+class Embedding(nn.Embedding):
+    """A table of token vectors, made without values like :class:`Linear`."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: see :meth:`lasp.model.LinearLlama.reset_parameters`."""
 
 
 def low_rank(d_in: int, d_out: int, rank: int | None, device=None, dtype=None) -> nn.Module:
     """W, or W2 W1 through ``rank``."""
     if rank is None:
-        return linear(d_in, d_out, device, dtype)
-    return nn.Sequential(linear(d_in, rank, device, dtype), linear(rank, d_out, device, dtype))
+        return Linear(d_in, d_out, device, dtype)
+    return nn.Sequential(Linear(d_in, rank, device, dtype), Linear(rank, d_out, device, dtype))
 
 
 class RMSNorm(nn.Module):
@@ -60,9 +71,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
         super().__init__()
-        self.gate_proj = linear(dim, hidden_dim, device, dtype)
-        self.up_proj = linear(dim, hidden_dim, device, dtype)
-        self.down_proj = linear(hidden_dim, dim, device, dtype)
+        self.gate_proj = Linear(dim, hidden_dim, device, dtype)
+        self.up_proj = Linear(dim, hidden_dim, device, dtype)
+        self.down_proj = Linear(hidden_dim, dim, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -103,10 +114,10 @@ class SoftmaxMixer(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
         self.head_dim, self.window, self.causal = config.softmax_head_dim, config.window, config.causal
-        self.q_proj = linear(config.dim, self.heads * self.head_dim, device, dtype)
-        self.k_proj = linear(config.dim, self.kv_heads * self.head_dim, device, dtype)
-        self.v_proj = linear(config.dim, self.kv_heads * self.head_dim, device, dtype)
-        self.o_proj = linear(self.heads * self.head_dim, config.dim, device, dtype)
+        self.q_proj = Linear(config.dim, self.heads * self.head_dim, device, dtype)
+        self.k_proj = Linear(config.dim, self.kv_heads * self.head_dim, device, dtype)
+        self.v_proj = Linear(config.dim, self.kv_heads * self.head_dim, device, dtype)
+        self.o_proj = Linear(self.heads * self.head_dim, config.dim, device, dtype)
 
     @property
     def rotary_dim(self) -> int:

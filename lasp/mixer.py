@@ -21,7 +21,7 @@ from lasp.config import ModelConfig
 from lasp.context import CPContext
 from lasp.features import feature_map, feature_width, init_normal
 from lasp.halo import short_convolution
-from lasp.layers import RMSNorm, Rotary, apply_rotary, linear, low_rank
+from lasp.layers import Linear, RMSNorm, Rotary, apply_rotary, low_rank
 from lasp.linear import linear_attention
 
 NORMALISER_EPS = 1e-6
@@ -53,8 +53,8 @@ class LinearMixer(nn.Module):
         if mixer.per_layer_slopes:
             self.slope_factor = 1 - layer / max(config.num_layers - 1, 1) + 1e-5
         widths = [heads * self.key_dim, heads * self.key_dim, heads * self.value_dim]
-        self.q_proj, self.k_proj, self.v_proj = (linear(dim, width, device, dtype) for width in widths)
-        self.o_proj = linear(widths[2], dim, device, dtype)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width, device, dtype) for width in widths)
+        self.o_proj = Linear(widths[2], dim, device, dtype)
         if mixer.conv_width:
             self.conv_weight = nn.Parameter(torch.empty(sum(widths), mixer.conv_width, device=device, dtype=dtype))
         self.feature_q, self.feature_k = (

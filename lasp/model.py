@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lasp.config import ModelConfig
 from lasp.context import CPContext
 from lasp.features import init_normal
-from lasp.layers import RMSNorm, Rotary, SoftmaxCache, SoftmaxMixer, SwiGLU, linear, rotary_angles
+from lasp.layers import Embedding, Linear, RMSNorm, Rotary, SoftmaxCache, SoftmaxMixer, SwiGLU, rotary_angles
 from lasp.mixer import LinearCache, LinearMixer
+from lasp.recompute import recompute
 
 EMBEDDING_STD = 0.02
 
@@ -68,11 +68,10 @@ class LinearLlama(nn.Module):
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None, device=None, dtype=None):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim, device="meta", dtype=dtype)
-        self.embed.to_empty(device=torch.get_default_device() if device is None else device)
+        self.embed = Embedding(config.vocab_size, config.dim, device=device, dtype=dtype)
         self.layers = nn.ModuleList(Block(config, i, device, dtype) for i in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
-        self.head = None if config.tie_embeddings else linear(config.dim, config.vocab_size, device, dtype)
+        self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size, device, dtype)
         self.reset_parameters(generator)
 
     @property
@@ -159,7 +158,7 @@ class LinearLlama(nn.Module):
     def _run_block(self, block: Block, x: Tensor, rotary: Rotary, cp: CPContext | None) -> Tensor:
         """One block of the training pass; with ``config.recompute`` its activations are made again in backward."""
         if self.config.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, rotary, cp, use_reentrant=False, preserve_rng_state=False)[0]
+            return recompute(block, x, rotary, cp, cp=cp)[0]
         return block(x, rotary, cp)[0]
 
     def _embed(self, tokens: Tensor, cp: CPContext | None, position: int) -> tuple[Tensor, Rotary]:
