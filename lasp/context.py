@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from lasp.chains import ChainPlan
 from lasp.exchange import EXCHANGES
 from lasp.kernels.segments import SegmentTable
 from lasp.layout import Segment, SequenceLayout
+
+if TYPE_CHECKING:
+    from lasp.recompute import ExchangeTape
 
 
 class CPContext:
@@ -57,6 +61,7 @@ class CPContext:
             )
         self.layout, self.group, self.exchange = layout, group, exchange
         self.cp_rank, self.cp_size = dist.get_rank(group), size
+        self.tape: ExchangeTape | None = None
         self._tables: dict[torch.device, SegmentTable] = {}
         self._plans: dict[tuple[bool, bool], ChainPlan] = {}
 
@@ -75,6 +80,7 @@ class CPContext:
         self = cls.__new__(cls)
         self.layout, self.group, self.exchange = layout, None, "all_gather"
         self.cp_rank, self.cp_size = 0, 1
+        self.tape = None
         self._tables, self._plans = {}, {}
         return self
 
