@@ -33,7 +33,7 @@ class Mesh:
         dp_size, cp_size: the grid.
         dp_rank, cp_rank: this rank's place in it.
         ranks: the job's ranks in the default process group, in the order of the grid.
-        world_group, dp_group, cp_group: process groups; None in a job of one rank.
+        world_group, dp_group, cp_group: process groups; None where it would hold one rank.
         device: where small control tensors live.
     """
 
@@ -80,9 +80,15 @@ class Mesh:
         world_group = dist.group.WORLD if group is None else group
         ranks = tuple(dist.get_process_group_ranks(world_group))
         dp_rank, cp_rank = divmod(dist.get_rank(world_group), cp_size)
-        make = lambda members: dist.new_group(members, timeout=timeout, use_local_synchronization=True)  # noqa: E731
-        cp_group = make(ranks[dp_rank * cp_size : (dp_rank + 1) * cp_size])
-        dp_group = make(ranks[cp_rank::cp_size])
+        rows = [ranks[d * cp_size : (d + 1) * cp_size] for d in range(dp_size)]
+        columns = [ranks[c::cp_size] for c in range(cp_size)]
+        if dp_size > 1 and cp_size > 1 and len(ranks) < dist.get_world_size():
+            raise ValueError(
+                f"a mesh with both sizes above 1 needs all {dist.get_world_size()} ranks of the default group, got "
+                f"a group of {len(ranks)}: new groups are made by all of them together."
+            )
+        cp_group = _own_group(rows, dp_rank, world_group, timeout)
+        dp_group = _own_group(columns, cp_rank, world_group, timeout)
         return cls(dp_size, cp_size, dp_rank, cp_rank, ranks, world_group, dp_group, cp_group, device)
 
     @property
@@ -102,7 +108,7 @@ class Mesh:
 
     def cp_context(self, layout: SequenceLayout, exchange: str = "all_gather") -> CPContext:
         """The context of one batch on this rank's cp_group."""
-        if self.world_size == 1:
+        if self.cp_size == 1:
             return CPContext.local(layout)
         return CPContext(layout, self.cp_group, exchange)
 
@@ -159,6 +165,17 @@ class Mesh:
         if kind == "failed":
             raise RuntimeError(f"rank 0 failed: {value}")
         return value
+
+
+def _own_group(
+    parts: list[tuple[int, ...]], index: int, world_group: dist.ProcessGroup, timeout: timedelta
+) -> dist.ProcessGroup | None:
+    """The group of ``parts[index]``; every rank makes those of all parts, in the same order."""
+    if len(parts) == 1:
+        return world_group
+    if len(parts[0]) == 1:
+        return None
+    return [dist.new_group(part, timeout=timeout) for part in parts][index]
 
 
 def _check_grid(world_size: int, cp_size: int, dp_size: int | None) -> None:
