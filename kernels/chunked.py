@@ -216,7 +216,8 @@ class Forward(_Chunked):
     @in_ieee
     def local(self) -> None:
         """The work within chunks, which needs no entry state."""
-        self.o = self.q.new_zeros(self.batch, self.q.shape[1], self.num_heads, self.value_dim, dtype=self.dtype)
+        make = self.q.new_empty if self.causal else self.q.new_zeros
+        self.o = make((self.batch, self.q.shape[1], self.num_heads, self.value_dim), dtype=self.dtype)
         if not self.causal:
             return
         for tile in self.tiles:
@@ -296,9 +297,10 @@ class Backward(_Chunked):
     def local(self) -> None:
         """The gradient of q, and what k and v get from their own chunk: no exit gradient is needed."""
         batch, length = self.q.shape[:2]
-        self.dq = self.exits.new_zeros(batch, length, self.num_heads, self.key_dim)
-        self.dk = torch.zeros_like(self.dq)
-        self.dv = self.exits.new_zeros(batch, length, self.num_heads, self.value_dim)
+        make = self.exits.new_empty if self.causal else self.exits.new_zeros
+        self.dq = make((batch, length, self.num_heads, self.key_dim))
+        self.dk = make((batch, length, self.num_heads, self.key_dim))
+        self.dv = make((batch, length, self.num_heads, self.value_dim))
         for i, tile in enumerate(self.tiles):
             log_decay = self.log_decay(tile)
             k, v, do = self.load(self.k, tile), self.load(self.v, tile), self.load(self.do, tile)

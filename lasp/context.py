@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from lasp.layout import Segment, SequenceLayout
 
 if TYPE_CHECKING:
     from lasp.recompute import ExchangeTape
+
+T = TypeVar("T")
 
 
 class CPContext:
@@ -62,8 +64,7 @@ class CPContext:
         self.layout, self.group, self.exchange = layout, group, exchange
         self.cp_rank, self.cp_size = dist.get_rank(group), size
         self.tape: ExchangeTape | None = None
-        self._tables: dict[torch.device, SegmentTable] = {}
-        self._plans: dict[tuple[bool, bool], ChainPlan] = {}
+        self._made: dict[Hashable, object] = {}
 
     @classmethod
     def local(cls, cu_seqlens_or_length: int | Sequence[int] | Tensor | SequenceLayout) -> CPContext:
@@ -81,7 +82,7 @@ class CPContext:
         self.layout, self.group, self.exchange = layout, None, "all_gather"
         self.cp_rank, self.cp_size = 0, 1
         self.tape = None
-        self._tables, self._plans = {}, {}
+        self._made = {}
         return self
 
     @property
@@ -99,18 +100,21 @@ class CPContext:
         """Position of each local token in its document, int64 [T_local], on the CPU."""
         return self.layout.position_ids(self.cp_rank)
 
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returns, made once per context: plans and tables that all layers share."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
     def segment_table(self, device: torch.device) -> SegmentTable:
-        """Chunk and tile tables of this rank's segments for the kernels, made once per device."""
-        if device not in self._tables:
-            self._tables[device] = SegmentTable([(s.start, s.stop) for s in self.segments], device)
-        return self._tables[device]
+        """Chunk and tile tables of this rank's segments for the kernels."""
+        bounds = [(s.start, s.stop) for s in self.segments]
+        return self.remember(("segment_table", device), lambda: SegmentTable(bounds, device))
 
     def chain_plan(self, causal: bool, final_states: bool) -> ChainPlan:
-        """This rank's part in every document's chain of segments, made once per kind of exchange."""
-        key = (causal, final_states)
-        if key not in self._plans:
-            self._plans[key] = ChainPlan.make(self.layout, self.cp_rank, causal=causal, final_states=final_states)
-        return self._plans[key]
+        """This rank's part in every document's chain of segments."""
+        make = lambda: ChainPlan.make(self.layout, self.cp_rank, causal=causal, final_states=final_states)  # noqa: E731
+        return self.remember(("chain_plan", causal, final_states), make)
 
     def check_tokens(self, name: str, x: Tensor, dim: int = 1) -> None:
         """Raise a ValueError unless ``x`` holds this rank's tokens along ``dim`` and packs documents with B = 1."""

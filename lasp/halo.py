@@ -13,7 +13,7 @@ q, k and v in Mamba-2, Gated DeltaNet and their relatives. Its halo is W - 1 tok
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,7 +138,7 @@ def _token_rows(cp: CPContext, pad: int, device: torch.device) -> slice | Tensor
         skipped = skipped.repeat_interleave(lengths, output_size=cp.num_tokens)
         return skipped + torch.arange(cp.num_tokens, device=device)
 
-    return remember(cp, ("token_rows", pad, device), make)
+    return cp.remember(("token_rows", pad, device), make)
 
 
 def _halo_slots(plan: HaloPlan, cp: CPContext) -> list[tuple[int, int]]:
@@ -199,15 +199,7 @@ class HaloPlan:
 
 def halo_plan(cp: CPContext, width: int) -> HaloPlan:
     """The plan of this rank, made once per context and width."""
-    return remember(cp, ("halo", width), lambda: HaloPlan.build(cp.layout, cp.cp_rank, width))
-
-
-def remember(cp: CPContext, key: Hashable, make: Callable):
-    """``make()``, kept under ``key`` for as long as the context lives: a batch, for all its layers."""
-    plans = vars(cp).setdefault("_plans", {})
-    if key not in plans:
-        plans[key] = make()
-    return plans[key]
+    return cp.remember(("halo", width), lambda: HaloPlan.build(cp.layout, cp.cp_rank, width))
 
 
 class HaloExchange:

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from lasp import comm
 from lasp.context import CPContext
-from lasp.halo import HaloExchange, HaloReturn, halo_plan, remember
+from lasp.halo import HaloExchange, HaloReturn, halo_plan
 from lasp.kernels.softmax import Piece, softmax_backward, softmax_forward
 from lasp.kernels.state import state_dtype
 
@@ -81,7 +81,7 @@ class _GatherAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cp, causal, scale):
-        plan = remember(cp, ("softmax", causal), lambda: _GatherPlan.build(cp, causal))
+        plan = cp.remember(("softmax", causal), lambda: _GatherPlan.build(cp, causal))
         o = q.new_empty(*q.shape[:3], v.shape[-1])
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=state_dtype(q.dtype))
         for _, heads, keys, values in _head_groups(q, k, v, cp, plan):
@@ -114,7 +114,7 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cp, window, scale):
-        plan = remember(cp, ("window", window), lambda: _WindowPlan.build(cp, window))
+        plan = cp.remember(("window", window), lambda: _WindowPlan.build(cp, window))
         halo = HaloExchange((k, v), halo_plan(cp, window - 1), cp.group).wait()
         ctx.options = {"window": window, "scale": scale}
         ctx.cp, ctx.plan = cp, plan
