@@ -1,0 +1,142 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from lasp.launch.cli import cli, main
+from lasp.launch.report import read_metrics
+from lasp.launch.token_files import TokenFile
+from lasp.launch.train import train
+from tests.launch.helpers import tiny_config, tiny_yaml
+
+COMMAND = [sys.executable, "-m", "lasp.launch.cli"]
+
+
+def _run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["lasp", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code
+
+
+def _children(pid):
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in listed.split()]
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_two_local_ranks_train_like_one_and_a_signal_saves(tmp_path):
+    alone = tiny_config(tmp_path, f"run_dir={tmp_path}/alone", "steps=40")
+    train(alone)
+    overrides = ["steps=40", "checkpoint.every=1000", "--cp", "2"]
+    process = subprocess.Popen(
+        [*COMMAND, "train", str(tiny_yaml(tmp_path)), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.match(r"step +2/", line):
+            process.send_signal(signal.SIGTERM)
+    output = "".join(lines)
+    assert process.wait(120) == 0, output
+    assert "dp 1 x cp 2 = 2" in output and "stopped at step" in output and "summary" in output, output
+    records = read_metrics(tmp_path / "run")
+    assert 2 <= len(records) < 40
+    for record, expected in zip(records, read_metrics(alone.run_dir), strict=False):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+def test_a_killed_rank_is_named_and_nobody_is_left_behind(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "train", str(tiny_yaml(tmp_path)), "steps=100000", "--cp", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if re.match(r"step +2/", line):
+            break
+    ranks = _children(process.pid)
+    assert len(ranks) == 2
+    os.kill(max(ranks), signal.SIGKILL)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "rank 1 was killed by SIGKILL" in rest, rest
+    assert not any(map(_alive, ranks))
+
+
+def test_ranks_end_when_their_launcher_is_killed(tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "train", str(tiny_yaml(tmp_path)), "steps=100000", "--cp", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    for line in process.stdout:
+        if re.match(r"step +1/", line):
+            break
+    ranks = _children(process.pid)
+    process.kill()
+    deadline = time.monotonic() + 30
+    while any(map(_alive, ranks)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(ranks) == 2 and not any(map(_alive, ranks))
+
+
+def test_a_rank_that_fails_shows_its_own_error_once(tmp_path):
+    path = tiny_yaml(tmp_path)
+    arguments = [*COMMAND, "train", str(path), "model.vocab_size=100", "--cp", "2"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.count("model.vocab_size is 100") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_errors_are_one_clean_message(tmp_path, monkeypatch, capsys):
+    assert _run_main(monkeypatch, "train", tiny_yaml(tmp_path), "stepz=3") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: override 'stepz=3': unknown key stepz") and "Traceback" not in error
+    assert _run_main(monkeypatch, "train") == 2
+    monkeypatch.setattr(sys, "argv", ["lasp", "train", str(tiny_yaml(tmp_path)), "stepz=3", "--debug"])
+    with pytest.raises(ValueError, match="unknown key stepz"):
+        main()
+
+
+def test_torchrun_without_a_job_says_how_to_start(tmp_path, monkeypatch, capsys):
+    assert _run_main(monkeypatch, "train", tiny_yaml(tmp_path), "launcher=torchrun", "--cp", "4") == 1
+    assert "torchrun --nproc-per-node 4" in capsys.readouterr().err
+
+
+def test_prepare_train_inspect_generate(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for n in range(30):
+        (source / f"{n}.py").write_text(f"x = {n}\n" * 9)
+    (source / "notes.txt").write_text("left out")
+    run = CliRunner().invoke
+    prefix = str(tmp_path / "prepared")
+    done = run(cli, ["data", "prepare", str(source), "--output", prefix, "--glob", "*.py"])
+    assert done.exit_code == 0 and "30 documents" in done.output
+    assert len(TokenFile(prefix)) == 30
+    path = str(tiny_yaml(tmp_path))
+    done = run(cli, ["train", path, f"data.source={prefix}", "steps=2", "log.tensorboard=true"])
+    assert done.exit_code == 0, done.output
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    done = run(cli, ["checkpoint", "inspect", str(tmp_path / "run")])
+    assert done.exit_code == 0 and "step-00000002: good" in done.output and "embed.weight" in done.output
+    arguments = ["generate", str(tmp_path / "run"), "--prompt", "x =", "--max-new-tokens", "5", "--seed", "3"]
+    first, second = run(cli, arguments), run(cli, arguments)
+    assert first.exit_code == 0 and first.output.startswith("x =") and first.output == second.output

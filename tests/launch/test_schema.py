@@ -1,0 +1,77 @@
+import re
+
+import pytest
+
+from lasp.launch.schema import RunConfig, load_config
+from tests.launch.helpers import tiny_yaml
+
+
+def test_overrides_and_aliases_win_over_the_file(tmp_path):
+    path = tiny_yaml(tmp_path)
+    config = load_config(path, ["cp=2", "optimizer.lr=1e-3", "model.mixer.heads=1", "data.batch_size=3"])
+    assert (config.cp_size, config.optimizer.lr, config.data.batch_size) == (2, 1e-3, 3)
+    assert config.model.mixer.decay == "channel" and config.model.mixer.heads == 1  # gla, with one field on top
+    assert load_config(path, ["cp_size=2", "model.norm_eps=1e-6"]).model.norm_eps == 1e-6
+
+
+def test_a_configuration_survives_json(tmp_path):
+    config = load_config(tiny_yaml(tmp_path), ["model.mixer=lightning"])
+    assert RunConfig.model_validate(config.plain()) == config
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_it_is_set(tmp_path):
+    assert load_config(tiny_yaml(tmp_path)).model.vocab_size == 257
+    assert load_config(tiny_yaml(tmp_path), ["model.vocab_size=300"]).model.vocab_size == 300
+    assert load_config(tiny_yaml(tmp_path), ["model=tiny"]).model.vocab_size == 257
+
+
+WRONG = {
+    "optimizer.lrr=1": "override 'optimizer.lrr=1': unknown key optimizer.lrr. Did you mean optimizer.lr?",
+    "model.dimm=3": "Did you mean model.dim?",
+    "model.mixer.head=3": "unknown key model.mixer.head. Did you mean model.mixer.heads?",
+    "stepz=3": "unknown key stepz. Did you mean steps? Keys at the top: run_dir,",
+    "steps=abc": "steps should be a valid integer",
+    "steps=true": "steps: should be a number, got True",
+    "steps=0": "steps should be greater than or equal to 1, got 0",
+    "optimizer.lr=-1": "optimizer.lr should be greater than 0, got -1",
+    "dtype=float16": "dtype should be 'float32', 'bfloat16' or 'float64', got 'float16'",
+    "model.dim=wide": "dim must be int, got 'wide'",
+    "model.heads=3": "heads must divide dim",
+    "cp_size.x=3": "cp_size holds one value and no keys below it",
+    "lr": "must have the form key=value",
+    "cp=65": "data.seq_len = 64 tokens cannot be cut over cp_size = 65 ranks",
+    "dp=3": "data.batch_size = 2 sequences per step must be a multiple of dp_size = 3",
+    "optimizer.warmup_steps=7": "must not exceed steps = 6",
+    "optimizer.min_lr=1": "optimizer.min_lr = 1.0 must not exceed optimizer.lr",
+    "model.mixer={decay: none, causal: false}": "is an encoder",
+    "data.tokenizer=absent.json": "'absent.json' is no file",
+    "engine=fsdp2": "engine=fsdp2 is not built yet; use engine=ddp",
+    "engine=zero3": "engine=zero3 is not built yet",
+    "backend=megatron": "backend=megatron is not built yet",
+    "launcher=ray": "launcher=ray is not built yet",
+    "tp=2": "tp_size=2 is not built yet",
+    "pp=2": "pp_size=2 is not built yet",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_what_cannot_be_meant_is_refused_by_name(tmp_path, override):
+    with pytest.raises(ValueError, match=re.escape(WRONG[override])):
+        load_config(tiny_yaml(tmp_path), [override])
+
+
+def test_faults_of_the_file_name_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"tiny\.yaml: unknown key checkpoints\. Did you mean checkpoint\?"):
+        load_config(tiny_yaml(tmp_path, checkpoints={"every": 1}))
+    path = tmp_path / "broken.yaml"
+    for text, message in (
+        ("a: [", "is not valid YAML"),
+        ("- 1", "must hold a mapping"),
+        ("steps: 1\nsteps: 2", "key 'steps' is given twice"),
+        ("steps: 1\nmodel: tiny", "run_dir is required"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_config(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")

@@ -1,0 +1,181 @@
+import json
+import math
+import os
+import shutil
+import signal
+from datetime import timedelta
+
+import pytest
+import torch
+
+from lasp.launch.generate import load_model, sample_text
+from lasp.launch.report import read_metrics
+from lasp.launch.schema import load_config
+from lasp.launch.train import _train, train
+from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.mesh import Mesh
+from tests.launch.helpers import tiny_config, tiny_yaml
+
+FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "lr", "tokens", "seconds", "labels", "peak_memory_bytes"}
+
+
+def _train_on_ranks(group, path, overrides):
+    config = load_config(path, overrides)
+    _train(config, Mesh.build(config.cp_size, config.dp_size, group), timedelta(seconds=60))
+
+
+def _losses(run_dir):
+    return [record["loss"] for record in read_metrics(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Six steps on one rank."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = tiny_config(folder)
+    train(config)
+    return config
+
+
+def test_a_run_leaves_metrics_plot_and_checkpoints(finished):
+    records = read_metrics(finished.run_dir)
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert all(r.keys() >= FIELDS and math.isfinite(r["loss"]) for r in records)
+    assert [r["step"] for r in records if "eval_loss" in r] == [3, 6]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert (finished.run_dir / "loss.png").stat().st_size > 1000
+    steps = [checkpoints.load(p).step for p in checkpoints.list_checkpoints(finished.run_dir / "checkpoints")]
+    assert steps == [2, 4, 6]
+    state = json.loads((finished.run_dir / "checkpoints" / "step-00000004" / "state.json").read_text())
+    assert state["data_position"] == 4 * 2 * 64
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["cp=2"], ["cp=4", "layout=zigzag"], ["cp=2", "dp=2"], ["dp=2"]],
+    ids=",".join,
+)
+def test_the_loss_curve_is_the_same_on_every_mesh(ranks, tmp_path, finished, overrides):
+    size = {"cp=2": 2, "cp=4": 4, "dp=2": 2}[overrides[0]] * (2 if "dp=2" in overrides[1:] else 1)
+    ranks.run(_train_on_ranks, tiny_yaml(tmp_path), overrides, size=size)
+    records, expected = read_metrics(tmp_path / "run"), read_metrics(finished.run_dir)
+    for record, wanted in zip(records, expected, strict=True):
+        for key in {"loss", "grad_norm", "eval_loss", "labels"} & wanted.keys():
+            assert record[key] == pytest.approx(wanted[key], rel=2e-4), (record["step"], key)
+
+
+@pytest.mark.parametrize("overrides", [[], ["cp=2"], ["dp=2"]], ids=["same", "cp=2", "dp=2"])
+def test_a_resumed_run_continues_the_curve(ranks, tmp_path, finished, overrides):
+    path = tiny_yaml(tmp_path)
+    source = finished.run_dir / "checkpoints" / "step-00000002"
+    shutil.copytree(source, tmp_path / "run" / "checkpoints" / source.name)
+    if overrides:
+        ranks.run(_train_on_ranks, path, overrides, size=2)
+    else:
+        train(load_config(path))
+    resumed, expected = _losses(tmp_path / "run"), _losses(finished.run_dir)[2:]
+    assert resumed == expected if not overrides else resumed == pytest.approx(expected, rel=2e-4)
+
+
+def test_a_finished_run_says_so_and_a_fresh_start_moves_it_aside(tmp_path, capsys):
+    path = tiny_yaml(tmp_path)
+    train(load_config(path, ["steps=2"]))
+    first = _losses(tmp_path / "run")
+    train(load_config(path, ["steps=2"]))
+    assert "already holds step 2 of 2" in capsys.readouterr().out
+    assert _losses(tmp_path / "run") == first
+    train(load_config(path, ["steps=2", "checkpoint.resume=false", "seed=1"]))
+    assert _losses(tmp_path / "run") != first
+    assert _losses(tmp_path / "run" / "previous-1") == first
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, finished, capsys):
+    path = tiny_yaml(tmp_path)
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"")
+    train(load_config(path))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "step-00000006 is damaged: model.safetensors has 0 bytes" in out and "resumed at step 4 of 6" in out
+    assert _losses(tmp_path / "run") == _losses(finished.run_dir)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, finished):
+    resume = f"checkpoint.resume={finished.run_dir}"
+    with pytest.raises(ValueError, match=r"model\.dim is 16 in the checkpoint and 32 here"):
+        train(load_config(tiny_yaml(tmp_path), [resume, "model.dim=32"]))
+    with pytest.raises(ValueError, match="does not exist"):
+        train(load_config(tiny_yaml(tmp_path), [f"checkpoint.resume={tmp_path}/nowhere"]))
+
+
+def test_a_changed_setting_is_mentioned_on_resume(tmp_path, finished, capsys):
+    train(load_config(tiny_yaml(tmp_path), [f"checkpoint.resume={finished.run_dir}", "optimizer.lr=0.02"]))
+    assert "optimizer.lr: 0.01 -> 0.02" in " ".join(capsys.readouterr().out.split())
+
+
+def _poison_and_train(group, path, overrides):
+    from unittest import mock
+
+    from lasp.parallel.engine import DataParallelEngine
+
+    original = DataParallelEngine.step
+
+    def step(self, batches):
+        if self.step_count == 3 and self.mesh.rank == 1:
+            self.model.output_weight.data[:] = math.nan
+        return original(self, batches)
+
+    with mock.patch.object(DataParallelEngine, "step", step):
+        try:
+            _train_on_ranks(group, path, overrides)
+        except FloatingPointError as error:
+            return str(error)
+
+
+def test_a_nan_stops_all_ranks_and_keeps_the_last_good_checkpoint(ranks, tmp_path):
+    for message in ranks.run(_poison_and_train, tiny_yaml(tmp_path), ["cp=2"], size=2):
+        assert message.startswith("step 4: loss nan") and "rank(s) [1]" in message
+        assert message.endswith("step-00000002.")
+    assert checkpoints.load_newest(tmp_path / "run" / "checkpoints", pytest.fail).step == 2
+
+
+def _signalled_train(group, path, overrides):
+    from unittest import mock
+
+    from lasp.launch.report import Report
+
+    original = Report.step
+
+    def step(self, record):
+        original(self, record)
+        if record["step"] == 3 and group.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # one rank alone hears it
+
+    with mock.patch.object(Report, "step", step):
+        _train_on_ranks(group, path, overrides)
+
+
+def test_a_signal_saves_at_the_border_of_a_step_on_all_ranks(ranks, tmp_path, finished):
+    path = tiny_yaml(tmp_path)
+    ranks.run(_signalled_train, path, ["cp=2", "checkpoint.every=100"], size=2)
+    (saved,) = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.name == "step-00000003" and len(_losses(tmp_path / "run")) == 3
+    ranks.run(_train_on_ranks, path, ["cp=2"], size=2)
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(finished.run_dir), rel=2e-4)
+
+
+def test_generation_from_a_checkpoint_is_determined_by_its_seed(finished):
+    model, tokenizer = load_model(finished.run_dir)
+    prompt = tokenizer.encode("def f")
+    texts = [sample_text(model, tokenizer, prompt, 20, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("def f")
+    greedy = [sample_text(model, tokenizer, prompt, 20, temperature=0.0, seed=seed) for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+    with pytest.raises(ValueError, match="at least one token"):
+        sample_text(model, tokenizer, [], 5)
+
+
+def test_bf16_follows_fp32(tmp_path, finished):
+    train(tiny_config(tmp_path, "dtype=bfloat16"))
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(finished.run_dir), rel=0.02)
+    saved = checkpoints.load(checkpoints.find(tmp_path / "run"))
+    assert all(x.dtype == torch.float32 for x in saved.tensors["model"].values())

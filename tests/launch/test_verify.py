@@ -1,0 +1,119 @@
+"""``lasp verify`` passes what is right and names the layer of what is planted."""
+
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+
+from lasp import CPContext
+from lasp.exchange import EXCHANGES, AllGather
+from lasp.launch import verify as verifying
+from lasp.launch.schema import load_config
+from lasp.layout import SequenceLayout
+from lasp.parallel.mesh import Mesh
+
+PATTERN = "SLLL"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    from lasp.launch.token_files import read_texts, write_token_file
+    from lasp.launch.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("verify")
+    for i in range(12):
+        (folder / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i + 1))
+    write_token_file(folder / "text", read_texts([folder], "*.txt"), load_tokenizer("bytes"))
+    settings = {
+        "run_dir": str(folder / "run"),
+        "steps": 1,
+        "cp_size": 2,
+        "layout": "zigzag",
+        "model": {"dim": 32, "num_layers": 4, "pattern": PATTERN, "heads": 2, "mixer": "gla"},
+        "data": {"source": str(folder / "text"), "seq_len": 900, "eval_fraction": 0.2},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return load_config(folder / "config.yaml")
+
+
+class ForgetsGradients(AllGather):
+    """An exchange whose backward loses what later ranks send: the classic silent fault."""
+
+    def wait_backward(self):
+        super().wait_backward()
+
+
+def plant(model, fault, rank):
+    """One fault in one layer."""
+    if fault == "decay" and rank == 1:
+        gate = model.layers[2].mixer.decay
+        gate.register_forward_hook(lambda module, inputs, g: g * 1.001)
+    elif fault == "position" and rank == 0:
+
+        def shift(module, args):
+            x, rotary, *rest = args
+            return x, {width: tuple(t.roll(1, 0) for t in table) for width, table in rotary.items()}, *rest
+
+        model.layers[0].mixer.register_forward_pre_hook(shift)
+    elif fault == "gradient":
+
+        def swap(module, args):
+            x, rotary, cp, *rest = args
+            broken = CPContext(cp.layout, cp.group)
+            broken.exchange = "forgets"
+            return x, rotary, broken, *rest
+
+        model.layers[1].mixer.register_forward_pre_hook(swap)
+
+
+def rank_trace(group, config, fault):
+    mesh = Mesh.build(torch.distributed.get_world_size(group), 1, group)
+    model = verifying.make_model(config, config.torch_dtype, mesh)
+    plant(model, fault, mesh.cp_rank)
+    with mock.patch.dict(EXCHANGES, {"forgets": ForgetsGradients}):
+        return verifying.trace_step(model, *verifying.first_batches(config, mesh), mesh)
+
+
+def findings(ranks, config, fault, size=2, dtype="float32"):
+    config = config.model_copy(update={"cp_size": size, "dtype": dtype})
+    one = config.model_copy(update={"cp_size": 1})
+    truth, single = (verifying.trace_config(one, d) for d in (torch.float64, config.torch_dtype))
+    parts = ranks.run(rank_trace, config, fault, size=size)
+    batch, _ = verifying.first_batches(one, Mesh.build())
+    layout = SequenceLayout.zigzag(batch.cp.layout.cu_seqlens_global, size)
+    assert layout.num_documents > 1, "the batch must be packed"
+    return verifying.compare(truth, single, parts, layout)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2, "float32"), (4, "float32"), (3, "bfloat16"), (2, "float64")])
+def test_a_correct_model_passes_in_every_dtype(ranks, config, size, dtype):
+    found = findings(ranks, config, None, size, dtype)
+    names = {f.name.split(".")[0] for f in found}
+    assert names == {"output", "gradient", "parameter", "loss", "eval_loss", "grad_norm"}
+    assert verifying.explain(found, PATTERN) is None, [f for f in found if f.ranks]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("decay", r"the output of layer 2 \(linear\) is the first that differs, on cp rank"),
+        ("position", r"the output of layer 0 \(softmax\) is the first that differs, on cp rank\(s\) 0"),
+        ("gradient", r"all outputs agree; the gradient (that|of).* layer 1 \(linear\)"),
+    ],
+)
+def test_a_planted_fault_is_named_with_its_layer(ranks, config, fault, message):
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(verifying.explain(findings(ranks, config, fault), PATTERN))
+
+
+def test_verify_needs_more_than_one_rank(config):
+    with pytest.raises(ValueError, match=r"cp_size must be at least 2 .*got 1"):
+        verifying.verify(config, 1)
+
+
+def test_the_command_reports_and_succeeds(config, capsys):
+    assert verifying.verify(config, 2) == 0
+    report = capsys.readouterr().out
+    assert "PASS: cp = 2 equals cp = 1" in report
+    assert all(f"layer {i} ({kind})" in report for i, kind in enumerate(["softmax", "linear", "linear", "linear"]))
