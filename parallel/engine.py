@@ -86,17 +86,11 @@ class DataParallelEngine:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         decayed = {name: p for name, p in named.items() if p.dim() > 1}
         rest = {name: p for name, p in named.items() if p.dim() <= 1}
-        self._groups = [_FlatGroup(members, wide) for members in (decayed, rest) if members]
+        decays = ((decayed, settings.weight_decay), (rest, 0.0))
+        self._groups = [_FlatGroup(members, decay, wide) for members, decay in decays if members]
         for group in self._groups:
-            mesh.broadcast(group.master.data)
+            mesh.broadcast(group.master)
             group.attach(dtype)
-        decay = [settings.weight_decay if group.members is decayed else 0.0 for group in self._groups]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": [g.master], "weight_decay": d} for g, d in zip(self._groups, decay, strict=True)],
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-        )
 
     @property
     def num_parameters(self) -> int:
@@ -128,10 +122,8 @@ class DataParallelEngine:
         if clip is not None and grad_norm > clip:
             torch._foreach_mul_(gradients, clip / grad_norm)
         lr = self.settings.lr_at(self.step_count)
-        for options, group in zip(self._optimizer.param_groups, self._groups, strict=True):
-            options["lr"] = lr
-            group.master.grad = group.gradient
-        self._optimizer.step()
+        for group in self._groups:
+            _adamw(group, self.settings, lr, self.step_count + 1)
         self._zero_gradients()
         for group in self._groups:
             group.publish()
@@ -147,40 +139,28 @@ class DataParallelEngine:
 
     def model_tensors(self) -> dict[str, Tensor]:
         """The master copy of every parameter by name: what a checkpoint holds and generation reads."""
-        return {name: view for group in self._groups for name, view in group.views(group.master.data).items()}
+        return {name: view for group in self._groups for name, view in group.views(group.master).items()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of every parameter."""
-        tensors = {}
-        for group in self._groups:
-            for kind, flat in self._moments(group).items():
-                tensors |= {f"{kind}.{name}": view for name, view in group.views(flat).items()}
-        return tensors
+        return {
+            f"{kind}.{name}": view
+            for group in self._groups
+            for kind, flat in group.moments.items()
+            for name, view in group.views(flat).items()
+        }
 
-    @torch.no_grad()
     def load(self, step_count: int, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
         """Continue from a checkpoint: the first rank brings the tensors, the others pass None."""
         self.step_count = step_count
+        if self.mesh.is_first:
+            for own, theirs in ((self.model_tensors(), model), (self.optimizer_tensors(), optimizer)):
+                for name, view in own.items():
+                    view.copy_(theirs[name])
         for group in self._groups:
-            moments = self._moments(group)
-            targets = [(model, "", group.master.data)]
-            targets += [(optimizer, f"{kind}.", flat) for kind, flat in moments.items()]
-            for tensors, prefix, flat in targets:
-                if self.mesh.is_first:
-                    for name, view in group.views(flat).items():
-                        view.copy_(tensors[prefix + name])
+            for flat in (group.master, *group.moments.values()):
                 self.mesh.broadcast(flat)
-            self._optimizer.state[group.master] = {
-                "step": torch.tensor(float(step_count)),
-                **moments,
-            }
             group.publish()
-
-    def _moments(self, group: _FlatGroup) -> dict[str, Tensor]:
-        """The optimizer's running averages of a group; zeros before its first step."""
-        state = self._optimizer.state.get(group.master, {})
-        zeros = lambda: torch.zeros_like(group.master.data)  # noqa: E731
-        return {kind: state[kind] if kind in state else zeros() for kind in ("exp_avg", "exp_avg_sq")}
 
     def _zero_gradients(self) -> None:
         for group in self._groups:
@@ -200,11 +180,11 @@ class DataParallelEngine:
 class _FlatGroup:
     """Parameters with the same optimizer options, as one flat master buffer and one flat gradient buffer."""
 
-    def __init__(self, members: dict[str, nn.Parameter], wide: torch.dtype):
-        self.members = members
-        flat = torch.cat([p.detach().to(wide).reshape(-1) for p in members.values()])
-        self.master = nn.Parameter(flat)
-        self.gradient = torch.zeros_like(flat)
+    def __init__(self, members: dict[str, nn.Parameter], weight_decay: float, wide: torch.dtype):
+        self.members, self.weight_decay = members, weight_decay
+        self.master = torch.cat([p.detach().to(wide).reshape(-1) for p in members.values()])
+        self.gradient = torch.zeros_like(self.master)
+        self.moments = {kind: torch.zeros_like(self.master) for kind in ("exp_avg", "exp_avg_sq")}
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """``flat`` cut into the members' shapes."""
@@ -214,7 +194,7 @@ class _FlatGroup:
     def attach(self, dtype: torch.dtype) -> None:
         """Give the model its parameters in ``dtype``; collect their gradients as autograd finishes them."""
         gradients = self.views(self.gradient)
-        for name, view in self.views(self.master.data).items():
+        for name, view in self.views(self.master).items():
             parameter = self.members[name]
             parameter.data = view.to(dtype)  # the view itself where the dtype is the master's
             parameter.register_post_accumulate_grad_hook(_collector(gradients[name]))
@@ -222,10 +202,21 @@ class _FlatGroup:
     @torch.no_grad()
     def publish(self) -> None:
         """Round the master copy into the model's parameters, where they are not the same memory."""
-        for name, view in self.views(self.master.data).items():
+        for name, view in self.views(self.master).items():
             parameter = self.members[name]
             if parameter.data_ptr() != view.data_ptr():
                 parameter.data.copy_(view)
+
+
+@torch.no_grad()
+def _adamw(group: _FlatGroup, settings: OptimizerSettings, lr: float, step: int) -> None:
+    """One AdamW update (arXiv 1711.05101, algorithm 2) of a flat buffer; ``step`` counts from 1."""
+    (beta1, beta2), (mean, square) = settings.betas, group.moments.values()
+    mean.lerp_(group.gradient, 1.0 - beta1)
+    square.mul_(beta2).addcmul_(group.gradient, group.gradient, value=1.0 - beta2)
+    divisor = square.sqrt().div_((1.0 - beta2**step) ** 0.5).add_(settings.eps)
+    group.master.mul_(1.0 - lr * group.weight_decay)
+    group.master.addcdiv_(mean, divisor, value=-lr / (1.0 - beta1**step))
 
 
 def _collector(target: Tensor):
