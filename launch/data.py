@@ -94,12 +94,14 @@ class DataPlan:
         batch_size: sequences per optimizer step, over all ranks.
         layout: ``contiguous`` or ``zigzag``.
         exchange: of the cp context.
+        join_documents: a sequence is one document, whatever it was packed from.
     """
 
     seq_len: int
     batch_size: int
     layout: str = "contiguous"
     exchange: str = "all_gather"
+    join_documents: bool = False
 
     @property
     def step_tokens(self) -> int:
@@ -118,7 +120,7 @@ class DataPlan:
     def cut(self, sequence: Sequence, mesh: Mesh) -> Batch:
         """This rank's part of a sequence, every cp rank having made the same one."""
         make = getattr(SequenceLayout, self.layout)
-        layout = make(sequence.cu_seqlens, mesh.cp_size)
+        layout = make(len(sequence.tokens) if self.join_documents else sequence.cu_seqlens, mesh.cp_size)
         return Batch.cut(sequence.tokens[None], layout, mesh, exchange=self.exchange)
 
     def step_batches(self, stream: PackedStream, first_token: int, mesh: Mesh) -> list[Batch]:

@@ -10,6 +10,7 @@ its victims. A child whose launcher is gone ends itself.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -38,10 +39,14 @@ class RankFailure(RuntimeError):
         self.details = details
 
 
-def run_local(config: RunConfig, num_ranks: int) -> None:
-    """Train on ``num_ranks`` processes of this machine; returns when all have succeeded.
+TRAIN = "lasp.launch.train:train"
 
-    Ctrl-C or SIGTERM asks the ranks to save at their next step and end; a second one kills them.
+
+def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments: str) -> None:
+    """Run ``work(config, **arguments)`` on ``num_ranks`` processes of this machine; returns when all have succeeded.
+
+    ``work`` is ``module:function``. Ctrl-C or SIGTERM asks the ranks to save at their next step and end; a second one
+    kills them.
 
     Raises:
         RankFailure: a rank failed; the others have been ended.
@@ -50,7 +55,8 @@ def run_local(config: RunConfig, num_ranks: int) -> None:
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     with tempfile.TemporaryDirectory(prefix="lasp-local-") as work_dir:
-        (Path(work_dir) / "config.json").write_text(json.dumps(config.plain()))
+        task = {"config": config.plain(), "work": work, "arguments": arguments}
+        (Path(work_dir) / "task.json").write_text(json.dumps(task))
         command = [sys.executable, "-m", "lasp.launch.local", work_dir]
         ranks: list[subprocess.Popen] = []
         try:
@@ -167,9 +173,10 @@ def _child(work_dir: Path) -> None:
     _end_with_launcher(os.getppid())
     rank = int(os.environ["RANK"])
     try:
-        from lasp.launch.train import train
-
-        train(RunConfig.model_validate(json.loads((work_dir / "config.json").read_text())))
+        task = json.loads((work_dir / "task.json").read_text())
+        module, _, function = task["work"].partition(":")
+        work = getattr(importlib.import_module(module), function)
+        work(RunConfig.model_validate(task["config"]), **task["arguments"])
     except BaseException as error:
         expected = isinstance(error, _EXPECTED)
         message = str(error) if expected else f"{type(error).__name__}: {error}"

@@ -49,7 +49,8 @@ class DataConfig(_Section):
         source: ``stdlib`` (the running interpreter's standard library) or the prefix of a prepared
         .bin/.idx pair. tokenizer: ``bytes`` or a Hugging Face tokenizers JSON file. seq_len: tokens of one
         packed sequence, over all cp ranks. batch_size: sequences per optimizer step, over all ranks; above
-        dp_size they are accumulated. eval_fraction: share of the documents that is held out.
+        dp_size they are accumulated. eval_fraction: share of the documents that is held out. join_documents: treat each
+        sequence as one document.
     """
 
     source: str = "stdlib"
@@ -57,6 +58,7 @@ class DataConfig(_Section):
     seq_len: Annotated[Integer, Field(ge=2)] = 16384
     batch_size: Count = 1
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    join_documents: bool = False
 
 
 class OptimizerConfig(_Section):

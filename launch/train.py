@@ -56,7 +56,8 @@ def _train(config: RunConfig, mesh: Mesh, timeout: timedelta) -> None:
     file = open_source(config.data.source, config.run_dir / "data", tokenizer)
     learn, held_out = split_documents(len(file), config.data.eval_fraction)
     stream = PackedStream(file, learn, config.seed, config.model.vocab_size)
-    plan = DataPlan(config.data.seq_len, config.data.batch_size, config.layout, config.exchange)
+    data = config.data
+    plan = DataPlan(data.seq_len, data.batch_size, config.layout, config.exchange, data.join_documents)
     plan.micro_steps(mesh)
     eval_batches = []
     if len(held_out):

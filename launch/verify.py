@@ -1,0 +1,244 @@
+"""``lasp verify``: does the user's model, on a batch of the user's data, give on N ranks what it gives on one?
+
+Three runs of one training step without its update: on one rank in float64 (the truth), on one rank in the dtype of
+the run, and cut over N ranks. What is compared: the output of every layer and its gradient, token by token and rank by
+rank; every parameter's summed gradient; loss, held-out loss, gradient norm. The budget of a tensor is derived from the
+run on one rank: its own rounding error against the truth, times FACTOR, plus a few units in the last place. So a
+correct cut passes in any dtype, and an error that is not rounding cannot hide. The report names the first layer that
+differs: going up through the outputs, then down through the gradients.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
+from lasp.launch.rendezvous import Job, choose_device, process_group
+from lasp.launch.schema import RunConfig
+from lasp.launch.tokenizer import load_tokenizer
+from lasp.layout import SequenceLayout
+from lasp.model import LinearLlama
+from lasp.parallel.mesh import Mesh
+from lasp.parallel.objective import Batch, count_labels, evaluate, loss_share, reduce_gradients
+
+FACTOR = 4.0  # how much more rounding another order of summation may cost
+UNITS = 16.0  # units in the last place of a tensor's largest value that are always allowed
+UNITS_FLOAT64 = 4096.0  # the same for a run in float64, which has no truth beside it
+OUTPUT, GRADIENT, PARAMETER = "output", "gradient", "parameter"
+
+Trace = dict[str, Tensor]
+"""What one rank saw: ``output.I`` and ``gradient.I`` [T_local, dim] of block I (-1: the embedding), ``parameter.NAME``
+(gradients summed over ranks), and the scalars ``loss``, ``eval_loss``, ``grad_norm``."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison of a tensor. ``ranks``: the cp ranks whose part exceeds the budget; empty if all is well."""
+
+    name: str
+    error: float
+    budget: float
+    ranks: tuple[int, ...]
+
+
+def trace_step(model: nn.Module, batch: Batch, eval_batches: list[Batch], mesh: Mesh) -> Trace:
+    """One step's forward and backward on this rank, without an update, and the held-out loss."""
+    trace: Trace = {}
+    hooks = [
+        module.register_forward_hook(_watch(trace, index))
+        for index, module in enumerate([model.embed, *model.layers], -1)
+    ]
+    try:
+        count = count_labels([batch.labels], mesh)
+        loss = loss_share(model(batch.tokens, batch.cp), model.output_weight, batch.labels, count)
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    reduce_gradients(gradients.values(), mesh)
+    trace |= {f"{PARAMETER}.{name}": gradient.detach() for name, gradient in gradients.items()}
+    trace["loss"] = mesh.sum(loss.detach().double().reshape(1))
+    trace["grad_norm"] = torch.stack([g.double().norm() for g in gradients.values()]).norm().reshape(1)
+    model.zero_grad()
+    if eval_batches:
+        value = evaluate(lambda b: model(b.tokens, b.cp), model.output_weight, eval_batches, mesh)
+        trace["eval_loss"] = torch.tensor([value], dtype=torch.float64)
+    return {name: value.cpu().contiguous() for name, value in trace.items()}
+
+
+def compare(truth: Trace, single: Trace, parts: list[Trace], layout: SequenceLayout) -> list[Finding]:
+    """Every tensor of the cut run against the run on one rank, each within a budget derived from the latter.
+
+    Args:
+        truth: one rank, float64.
+        single: one rank, in the dtype of the run.
+        parts: one per cp rank, in rank order.
+        layout: how the sequence was cut.
+    """
+    findings = []
+    for name in _reading_order(truth):
+        exact, one = truth[name].double(), single[name].double()
+        largest = exact.abs().max().item()
+        unit = torch.finfo(single[name].dtype).eps if "." in name else torch.finfo(torch.float32).eps
+        units = UNITS if single[name].dtype != torch.float64 or "." not in name else UNITS_FLOAT64
+        budget = FACTOR * (one - exact).abs().max().item() + units * unit * largest
+        errors = []
+        for rank, part in enumerate(parts):
+            wanted = layout.shard(exact, rank, dim=0) if name.startswith((OUTPUT, GRADIENT)) else exact
+            errors.append((part[name].double() - wanted).abs().nan_to_num(nan=float("inf")).max().item())
+        guilty = tuple(rank for rank, error in enumerate(errors) if not error <= budget)
+        findings.append(Finding(name, max(errors), budget, guilty))
+    return findings
+
+
+def explain(findings: list[Finding], layer_kinds: str) -> str | None:
+    """The first difference in the order of the computation, as a sentence; None if there is none."""
+    bad = next((f for f in findings if f.ranks), None)
+    if bad is None:
+        return None
+    kind, _, name = bad.name.partition(".")
+    ranks = f"on cp rank(s) {', '.join(map(str, bad.ranks))}: error {bad.error:.3g}, budget {bad.budget:.3g}"
+    if kind == OUTPUT:
+        return f"the output of {_layer(int(name), layer_kinds)} is the first that differs, {ranks}."
+    if kind == GRADIENT:
+        above = _layer(int(name) + 1, layer_kinds)
+        return f"all outputs agree; the gradient that {above} passes down is the first that differs, {ranks}."
+    if kind == PARAMETER:
+        owner = name.split(".")
+        place = _layer(int(owner[1]), layer_kinds) if owner[0] == "layers" else owner[0]
+        return f"all outputs agree; the gradient of {name} in {place} differs, {ranks}."
+    return f"every layer agrees, but {bad.name} differs, {ranks}."
+
+
+def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = print) -> int:
+    """Compare one rank with ``cp_size`` ranks of this machine; prints the report.
+
+    Returns:
+        0 if everything is within its budget, else 1.
+
+    Raises:
+        ValueError: the configuration does not fit; ``cp_size`` below 2.
+        RankFailure: a rank failed.
+    """
+    from lasp.launch.local import run_local
+
+    if cp_size < 2:
+        raise ValueError(f"cp_size must be at least 2 to compare with one rank, got {cp_size}. Pass --cp 2.")
+    one = config.model_copy(update={"cp_size": 1, "dp_size": 1})
+    many = config.model_copy(update={"cp_size": cp_size, "dp_size": 1})
+    truth = trace_config(one, torch.float64)
+    single = trace_config(one, config.torch_dtype)
+    with tempfile.TemporaryDirectory(prefix="lasp-verify-") as directory:
+        run_local(many, cp_size, "lasp.launch.verify:verify_rank", output=directory)
+        parts = [load_file(Path(directory) / f"rank-{rank}.safetensors") for rank in range(cp_size)]
+    batch, _ = first_batches(many, Mesh.build())
+    layout = getattr(SequenceLayout, config.layout)(batch.cp.layout.cu_seqlens_global, cp_size)
+    findings = compare(truth, single, parts, layout)
+    say(_table(findings, layout, config))
+    difference = explain(findings, config.model.layer_kinds)
+    say(f"FAIL: {difference}" if difference else f"PASS: cp = {cp_size} equals cp = 1 in every tensor.")
+    return 1 if difference else 0
+
+
+def verify_rank(config: RunConfig, output: str) -> None:
+    """One rank of the cut run: leaves its trace in ``output``."""
+    job = Job.from_environment() or Job()
+    device = choose_device(config.device, job)
+    timeout = timedelta(seconds=config.timeout_s)
+    with process_group(job, device, timeout):
+        mesh = Mesh.build(config.cp_size, config.dp_size, device=device, timeout=timeout)
+        trace = trace_config(config, config.torch_dtype, mesh)
+        save_file(trace, Path(output) / f"rank-{mesh.rank}.safetensors")
+
+
+def trace_config(config: RunConfig, dtype: torch.dtype, mesh: Mesh | None = None) -> Trace:
+    """The trace of the model and the first batch of ``config``, computed in ``dtype``."""
+    mesh = Mesh.build(device=choose_device(config.device, Job())) if mesh is None else mesh
+    return trace_step(make_model(config, dtype, mesh), *first_batches(config, mesh), mesh)
+
+
+def make_model(config: RunConfig, dtype: torch.dtype, mesh: Mesh) -> LinearLlama:
+    """The untrained model, its values rounded as the run rounds them and then computed with in ``dtype``."""
+    model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed))
+    return model.to(config.torch_dtype).to(mesh.device, dtype)
+
+
+def first_batches(config: RunConfig, mesh: Mesh) -> tuple[Batch, list[Batch]]:
+    """The first training sequence of the run and one held-out sequence, as this rank sees them."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    cache = config.run_dir / "data"
+    mesh.on_first(lambda: len(open_source(config.data.source, cache, tokenizer)))
+    file = open_source(config.data.source, cache, tokenizer)
+    learn, held_out = split_documents(len(file), config.data.eval_fraction)
+    plan = DataPlan(config.data.seq_len, 1, config.layout, config.exchange, config.data.join_documents)
+    stream = PackedStream(file, learn, config.seed, config.model.vocab_size)
+    eval_batches = []
+    if len(held_out):
+        held_out_stream = PackedStream(file, held_out, None, config.model.vocab_size)
+        eval_batches = plan.eval_batches(held_out_stream, 1, mesh)
+    return plan.step_batches(stream, 0, mesh)[0], eval_batches
+
+
+def _watch(trace: Trace, index: int):
+    """A forward hook that keeps a block's output and, later, the gradient that arrives at it."""
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple) -> None:
+        x = output[0] if isinstance(output, tuple) else output
+        if not x.requires_grad:  # evaluation
+            return
+        trace[f"{OUTPUT}.{index}"] = x.detach().flatten(0, -2)
+        x.register_hook(lambda grad: trace.__setitem__(f"{GRADIENT}.{index}", grad.detach().flatten(0, -2)))
+
+    return keep
+
+
+def _reading_order(trace: Trace) -> list[str]:
+    """Outputs upwards; then downwards each gradient, before it the parameters of the block that passed it on."""
+    blocks = sorted(int(name.split(".")[1]) for name in trace if name.startswith(OUTPUT))
+    parameters = [name for name in trace if name.startswith(PARAMETER)]
+    of_block = lambda i: [n for n in parameters if n.startswith(f"{PARAMETER}.layers.{i}.")]  # noqa: E731
+    placed = {name for i in blocks for name in of_block(i)}
+    order = [f"{OUTPUT}.{i}" for i in blocks]
+    order += [n for n in parameters if n not in placed and "embed" not in n]
+    for i in reversed(blocks):
+        order += [f"{GRADIENT}.{i}", *of_block(i)]
+    order += [n for n in parameters if n not in placed and "embed" in n]
+    return [*order, *(n for n in ("loss", "eval_loss", "grad_norm") if n in trace)]
+
+
+def _layer(index: int, layer_kinds: str) -> str:
+    if index < 0:
+        return "the embedding"
+    if index >= len(layer_kinds):
+        return "the head"
+    return f"layer {index} ({'linear' if layer_kinds[index] == 'L' else 'softmax'})"
+
+
+def _table(findings: list[Finding], layout: SequenceLayout, config: RunConfig) -> str:
+    """One line per layer, the parameters, and the scalars: error over budget."""
+    documents, total = layout.num_documents, layout.total_tokens
+    lines = [
+        f"{total:,} tokens in {documents} document(s), {config.layout} over {layout.cp_size} ranks, {config.dtype}; "
+        "error / budget (above 1: not rounding)"
+    ]
+    ratio = {f.name: f.error / f.budget if f.budget else float(f.error > 0) for f in findings}
+    show = lambda name: f"{ratio[name]:8.3f}" if name in ratio else "       -"  # noqa: E731
+    lines.append(f"{'':24}{'output':>8} {'gradient':>8} {'parameters':>10}")
+    for index in range(-1, len(config.model.layer_kinds)):
+        own = [r for n, r in ratio.items() if n.startswith(f"{PARAMETER}.layers.{index}.")]
+        own = f"{max(own):10.3f}" if own else ""
+        name = _layer(index, config.model.layer_kinds)
+        lines.append(f"{name:24}{show(f'{OUTPUT}.{index}')} {show(f'{GRADIENT}.{index}')} {own}")
+    rest = [r for n, r in ratio.items() if n.startswith(PARAMETER) and ".layers." not in n]
+    lines.append(f"{'other parameters':24}{'':18}{max(rest):10.3f}")
+    lines += [f"{name:24}{show(name)}" for name in ("loss", "eval_loss", "grad_norm") if name in ratio]
+    return "\n".join(lines)
