@@ -46,11 +46,13 @@ class DataConfig(_Section):
     """What to learn from.
 
     Attributes:
-        source: ``stdlib`` (the running interpreter's standard library) or the prefix of a prepared
-        .bin/.idx pair. tokenizer: ``bytes`` or a Hugging Face tokenizers JSON file. seq_len: tokens of one
-        packed sequence, over all cp ranks. batch_size: sequences per optimizer step, over all ranks; above
-        dp_size they are accumulated. eval_fraction: share of the documents that is held out. join_documents: treat each
-        sequence as one document.
+        source: ``stdlib`` (the running interpreter's standard library) or the prefix of a prepared .bin/.idx
+            pair.
+        tokenizer: ``bytes`` or a Hugging Face tokenizers JSON file.
+        seq_len: tokens of one packed sequence, over all cp ranks.
+        batch_size: sequences per optimizer step, over all ranks; above dp_size they are accumulated.
+        eval_fraction: share of the documents that is held out.
+        join_documents: treat each sequence as one document, whatever it was packed from.
     """
 
     source: str = "stdlib"
@@ -115,11 +117,12 @@ class RunConfig(_Section):
     Attributes:
         steps: optimizer steps.
         dtype: what the model computes in; master weights are fp32 (fp64 with float64).
-        cp_size, dp_size: ranks per sequence, sequences in flight; dp_size null: from the number of ranks, 1
-        if local. device: ``auto`` takes CUDA where every local rank gets a device of its own, else the CPU.
-        layout, exchange: how a sequence is cut, how states travel. timeout_s: how long a rank waits for
-        another one in a collective. model: fields of ModelConfig, or ``preset`` with fields on top;
-        vocab_size defaults to the tokenizer's.
+        cp_size, dp_size: ranks per sequence, sequences in flight; dp_size null: from the number of ranks, 1 if
+            local.
+        device: ``auto`` takes CUDA where every local rank gets a device of its own, else the CPU.
+        layout, exchange: how a sequence is cut, how states travel.
+        timeout_s: how long a rank waits for another one in a collective.
+        model: fields of ModelConfig, or ``preset`` with fields on top; vocab_size defaults to the tokenizer's.
     """
 
     run_dir: Path

@@ -42,6 +42,10 @@ def train(config: RunConfig) -> None:
     job = Job.from_environment() or Job()
     device = choose_device(config.device, job)
     timeout = timedelta(seconds=config.timeout_s)
+    if job.attempt and checkpoints.list_checkpoints(config.run_dir / "checkpoints"):
+        # A restarted job goes on from its own checkpoints, wherever its first attempt began.
+        again = config.checkpoint.model_copy(update={"resume": True})
+        config = config.model_copy(update={"checkpoint": again})
     with process_group(job, device, timeout):
         _train(config, Mesh.build(config.cp_size, config.dp_size, device=device, timeout=timeout), timeout)
 
@@ -122,11 +126,16 @@ def _train(config: RunConfig, mesh: Mesh, timeout: timedelta) -> None:
     if mesh.is_first and config.log.sample_tokens and not stopping_early:
         prompt = file.document(int((held_out if len(held_out) else learn)[0]), 0).tolist()[:48]
         text = sample_text(model, tokenizer, prompt, config.log.sample_tokens, seed=config.seed)
-        report.say(f"\nsample\n{text}")
+        report.say(f"\nsample\n{_printable(text)}")
 
 
 def _optimizer_settings(config: RunConfig) -> OptimizerSettings:
     return OptimizerSettings(steps=config.steps, **config.optimizer.model_dump())
+
+
+def _printable(text: str) -> str:
+    """Text without the control characters that an untrained model writes and a terminal obeys."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _due(step: int, every: int | None) -> bool:
