@@ -256,9 +256,13 @@ def _cuda_backward(do, q, k, v, o, lse, dq, dk, dv, pieces, causal, window, scal
 # ---- blocks: online softmax over key blocks
 
 
-def _block_size(q: Tensor) -> int:
-    """Rows and columns of a score block: at most 512, and at most 2**24 scores over all rows and heads."""
-    return max(16, min(512, math.isqrt(2**24 // max(1, q.shape[0] * q.shape[2]))))
+def _block_size(q: Tensor, window: int | None) -> int:
+    """Rows and columns of a score block: at most 512, and at most 2**24 scores over all rows and heads.
+
+    With a window half of it: of ``window + size`` keys that a block reads, each query sees ``window``.
+    """
+    widest = 512 if window is None else min(512, max(128, window // 2))
+    return max(16, min(widest, math.isqrt(2**24 // max(1, q.shape[0] * q.shape[2]))))
 
 
 def _block_pairs(
@@ -302,7 +306,7 @@ def _scores(q_block: Tensor, k_block: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _blocks_forward(q, k, v, o, lse, pieces, causal, window, scale):
-    kv_heads, dtype, size = k.shape[2], lse.dtype, _block_size(q)
+    kv_heads, dtype, size = k.shape[2], lse.dtype, _block_size(q, window)
     groups = q.shape[2] // kv_heads
     for piece in pieces:
         for rows, keys in _block_pairs(piece, size, causal, window, q.device):
@@ -326,7 +330,7 @@ def _blocks_forward(q, k, v, o, lse, pieces, causal, window, scale):
 
 
 def _blocks_backward(do, q, k, v, o, lse, dq, dk, dv, pieces, causal, window, scale):
-    kv_heads, dtype, size = k.shape[2], lse.dtype, _block_size(q)
+    kv_heads, dtype, size = k.shape[2], lse.dtype, _block_size(q, window)
     for piece in pieces:
         for rows, keys in _block_pairs(piece, size, causal, window, q.device):
             q_block = _rows(q, rows, kv_heads, dtype) * scale
