@@ -106,6 +106,10 @@ class CPContext:
             self._made[key] = make()
         return self._made[key]
 
+    def on_device(self, values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Numbers of the host plan as a tensor, copied once: indexing with a list would stall the device every time."""
+        return self.remember((values, dtype, device), lambda: torch.tensor(values, dtype=dtype, device=device))
+
     def segment_table(self, device: torch.device) -> SegmentTable:
         """Chunk and tile tables of this rank's segments for the kernels."""
         bounds = [(s.start, s.stop) for s in self.segments]

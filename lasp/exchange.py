@@ -74,7 +74,7 @@ class AllGather(StateExchange):
         state, *rest = [x.flatten(0, 1) for x in self._receive(self._shapes)]
         self._transition = rest[0] if rest else None
         if self._fixed is not None:
-            lengths = torch.tensor(self.plan.lengths, dtype=torch.float64, device=state.device)
+            lengths = self.cp.on_device(self.plan.lengths, torch.float64, state.device)
             log_decay = lengths[:, None, None, None] * self._fixed.double()[None, None, :, None]
             self._transition = log_decay.to(state.dtype)
         finals = None
@@ -85,7 +85,7 @@ class AllGather(StateExchange):
         entry = self._per_document(state, initial, self.plan.begins)
         for i, slots in enumerate(self.plan.before):
             if slots:
-                entry[i] = fold(self._maps(state, list(slots)))
+                entry[i] = fold(self._maps(state, slots))
         return entry, finals
 
     def start_backward(self, grads: Tensor, d_final: Tensor | None) -> None:
@@ -103,7 +103,8 @@ class AllGather(StateExchange):
         d_exit = self._per_document(grads, d_final, self.plan.ends)
         for i, (document, slots) in enumerate(zip(self.plan.documents, self.plan.after, strict=True)):
             if slots:
-                maps = self._maps(grads.flatten(0, 1), [b for b, _ in slots], [f or 0 for _, f in slots])
+                there, back = tuple(f or 0 for _, f in slots), tuple(b for b, _ in slots)
+                maps = self._maps(grads.flatten(0, 1), back, there)
                 d_exit[i] = fold(maps.transpose(), None if d_final is None else d_final[document])
         return d_exit
 
@@ -118,15 +119,17 @@ class AllGather(StateExchange):
         parts = packed.split([shape.numel() for shape in shapes], 1)
         return [part.view(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _maps(self, state: Tensor, slots: list[int], transition_slots: list[int] | None = None) -> StateMap:
+    def _maps(self, state: Tensor, slots: tuple[int, ...], transition_slots: tuple[int, ...] = ()) -> StateMap:
         """The maps in these slots, stacked in this order."""
+        index = lambda values: self.cp.on_device(values, torch.int64, state.device)  # noqa: E731
+        state = state.index_select(0, index(slots))
         if self._transition is None:
-            return StateMap(state[slots])
-        transition = self._transition[slots if transition_slots is None else transition_slots]
-        return StateMap(state[slots], matrix=transition) if self._dense else StateMap(state[slots], transition)
+            return StateMap(state)
+        transition = self._transition.index_select(0, index(transition_slots or slots))
+        return StateMap(state, matrix=transition) if self._dense else StateMap(state, transition)
 
     def _final(self, document: int, state: Tensor, initial: Tensor | None) -> Tensor:
-        slots = list(self.plan.finals[document])
+        slots = self.plan.finals[document]
         if slots:
             return fold(self._maps(state, slots))
         empty = state.new_zeros(self._shape)
@@ -135,9 +138,9 @@ class AllGather(StateExchange):
     def _per_document(self, like: Tensor, values: Tensor | None, wanted: tuple[bool, ...]) -> Tensor:
         """``values`` [N, B, H, K, V] for each own segment where ``wanted``, zero elsewhere; dtype as ``like``."""
         out = like.new_zeros(len(wanted), *self._shape)
-        rows = [i for i, want in enumerate(wanted) if want]
-        if values is not None and rows:
-            out[rows] = values[[self.plan.documents[i] for i in rows]].expand(-1, *out.shape[1:])
+        for i, (document, want) in enumerate(zip(self.plan.documents, wanted, strict=True)):
+            if want and values is not None:
+                out[i] = values[document]
         return out
 
 
@@ -149,5 +152,5 @@ def _pick(x: Tensor, slots: Slots, cp_rank: int) -> Tensor:
     own = slots.sent[cp_rank]
     out = x.new_zeros(slots.per_rank, *x.shape[1:])
     if own:
-        out[: len(own)] = x[list(own)]
+        torch.stack([x[i] for i in own], out=out[: len(own)])
     return out

@@ -89,7 +89,7 @@ class _LinearAttention(torch.autograd.Function):
         if cp.tape is not None and not replaying:
             cp.tape.record(entry, finals)
         if not causal:
-            entry = _document_totals(entry, maps.state, plan.before)
+            entry = _document_totals(entry, maps.state, plan.before, cp)
         o = op.finish(entry)
 
         ctx.exchange, ctx.options = exchange, (causal, scale)
@@ -113,7 +113,7 @@ class _LinearAttention(torch.autograd.Function):
         op.local()
         d_exit = exchange.wait_backward()
         if not causal:
-            d_exit = _document_totals(d_exit, grads, plan.after)
+            d_exit = _document_totals(d_exit, grads, plan.after, cp)
         dq, dk, dv, dg = op.finish(d_exit, needs_dg=ctx.needs_input_grad[3])
 
         d_initial = None
@@ -123,11 +123,11 @@ class _LinearAttention(torch.autograd.Function):
         return dq, dk, dv, dg, d_initial, None, None, None, None
 
 
-def _document_totals(arrived: Tensor | None, own: Tensor, slots: tuple[tuple, ...]) -> Tensor:
+def _document_totals(arrived: Tensor | None, own: Tensor, slots: tuple[tuple, ...], cp: CPContext) -> Tensor:
     """Per own segment, the total of its document: what arrived, or the segment's own part where it is the whole."""
     if arrived is None:
         return own
-    shared = torch.tensor([bool(s) for s in slots], device=own.device)
+    shared = cp.on_device(tuple(bool(s) for s in slots), torch.bool, own.device)
     return torch.where(shared.view(-1, 1, 1, 1, 1), arrived, own)
 
 
@@ -135,10 +135,11 @@ def _with_initial(maps: StateMap, plan: ChainPlan, initial: Tensor | None) -> St
     """The maps with the initial state of each document applied in the segment that begins it."""
     if initial is None or not any(plan.begins):
         return maps
-    rows = [i for i, begins in enumerate(plan.begins) if begins]
-    log_decay = None if maps.log_decay is None else maps.log_decay[rows]
     state = maps.state.clone()
-    state[rows] += transition(StateMap(state[rows], log_decay), initial[[plan.documents[i] for i in rows]])
+    for i, (document, begins) in enumerate(zip(plan.documents, plan.begins, strict=True)):
+        if begins:
+            log_decay = None if maps.log_decay is None else maps.log_decay[i]
+            state[i] += transition(StateMap(state[i], log_decay), initial[document])
     return StateMap(state, maps.log_decay)
 
 

@@ -17,15 +17,15 @@ import torch.multiprocessing as mp
 
 
 class RankPool:
-    """``world_size`` gloo processes that live as long as the pool. Make one per test session.
+    """``world_size`` processes that live as long as the pool. Make one per test session. With nccl, one per GPU.
 
     ``pool.run(fn, *args, size=2)`` calls ``fn(group, *args)`` on the first two ranks, with a cp_group of just these,
     and returns their results in rank order. ``fn`` is a module-level function; results must pickle. When a rank
     raises, its traceback is the failure; when one does not answer in time, the pool says which.
     """
 
-    def __init__(self, world_size: int = 4):
-        self.world_size = world_size
+    def __init__(self, world_size: int = 4, backend: str = "gloo"):
+        self.world_size, self.backend = world_size, backend
         self._start()
 
     def _start(self):
@@ -34,7 +34,7 @@ class RankPool:
         self._pipes, self._processes = [], []
         for rank in range(self.world_size):
             parent, child = context.Pipe()
-            args = (rank, self.world_size, f"file://{self._dir.name}/rendezvous", child)
+            args = (rank, self.world_size, self.backend, f"file://{self._dir.name}/rendezvous", child)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self._pipes.append(parent)
@@ -74,11 +74,13 @@ class RankPool:
         self._dir.cleanup()
 
 
-def _serve(rank: int, world_size: int, rendezvous: str, pipe):
+def _serve(rank: int, world_size: int, backend: str, rendezvous: str, pipe):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
     groups = {n: dist.new_group(range(n), timeout=timeout) for n in range(1, world_size + 1)}
     while True:
         fn, args, size = pipe.recv()

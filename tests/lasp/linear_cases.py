@@ -96,7 +96,7 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
     return out
 
 
-def errors(group, case: Case) -> dict[str, float]:
+def errors(group, case: Case, device: str = "cpu") -> dict[str, float]:
     """Relative error of this rank's part of every output and gradient; shares of replicated values are summed."""
     size = torch.distributed.get_world_size(group) if group is not None else 1
     layout = case.make_layout(size)
@@ -107,8 +107,8 @@ def errors(group, case: Case) -> dict[str, float]:
     for name, t in x.items():
         if t is not None:
             t = layout.shard(t, cp.cp_rank) if name in per_token else t
-            local[name] = t.to(case.dtype) if name != "ds" else t.to(torch.promote_types(case.dtype, torch.float32))
-            local[name].requires_grad_(name not in ("do", "ds"))
+            dtype = case.dtype if name != "ds" else torch.promote_types(case.dtype, torch.float32)
+            local[name] = t.to(device, dtype).requires_grad_(name not in ("do", "ds"))
     states = local.get("initial_state")
     o, final = linear_attention(
         local["q"], local["k"], local["v"], local.get("g"), cp=cp, causal=case.causal, initial_state=states,
@@ -124,7 +124,7 @@ def errors(group, case: Case) -> dict[str, float]:
         actual["final_state"] = final
     result = {}
     for name, value in actual.items():
-        value = value.detach().double()
+        value = value.detach().double()  # on the device still: shares are summed there
         target = want[name]
         if name[1:] in per_token or name == "o":
             target = layout.shard(target, cp.cp_rank)
@@ -132,17 +132,17 @@ def errors(group, case: Case) -> dict[str, float]:
             torch.distributed.all_reduce(value, group=group)
         scale = max(want[name].abs().max().item(), want["terms"].item() if name == "dg" else 0.0, 1e-30)
         assert value.shape == target.shape, f"{case.label} {name}: {tuple(value.shape)} is not {tuple(target.shape)}"
-        difference = (value - target).abs()
+        difference = (value.cpu() - target).abs()
         result[name] = (difference.max().item() if value.numel() else 0.0) / scale
         assert not difference.isnan().any(), f"{case.label} {name}: NaN"
     return result
 
 
-def worst(group, cases: list[Case], tolerance: float) -> tuple[int, list[str]]:
+def worst(group, cases: list[Case], tolerance: float, device: str = "cpu") -> tuple[int, list[str]]:
     """How many values were compared, and one line for each that is off by more than ``tolerance``."""
     count, lines = 0, []
     for case in cases:
-        for name, error in errors(group, case).items():
+        for name, error in errors(group, case, device).items():
             count += 1
             if not error <= tolerance:
                 lines.append(f"{case.label} {name}: {error:.2e}")
