@@ -183,3 +183,18 @@ def test_causality_holds_across_ranks(ranks, gate):
     first, *rest = ranks.run(outputs_that_move, gate, size=3)
     assert first == [False] * (len(first) - 1) + [True]
     assert all(all(flags) for flags in rest)
+
+
+def counted_tokens(group, decay):
+    """Unnormalised attention over ones in the glossary's example: outputs count the tokens of the document so far."""
+    layout = SequenceLayout.zigzag((0, 5, 12), 2)
+    cp = CPContext(layout, group)
+    ones = torch.ones(1, 6, 1, 1, dtype=torch.float64)
+    g = None if decay is None else torch.tensor([decay], dtype=torch.float64).log()
+    return linear_attention(ones, ones, ones, g, cp=cp, scale=1.0)[0].flatten().tolist()
+
+
+def test_the_glossarys_numbers(ranks):
+    assert ranks.run(counted_tokens, None, size=2) == [[1, 2, 3, 5, 6, 7], [4, 5, 1, 2, 3, 4]]
+    first, _ = ranks.run(counted_tokens, 0.5, size=2)
+    assert first[3] == pytest.approx(0.5 * 1.875 + 1)
