@@ -140,3 +140,19 @@ def test_prepare_train_inspect_generate(tmp_path):
     arguments = ["generate", str(tmp_path / "run"), "--prompt", "x =", "--max-new-tokens", "5", "--seed", "3"]
     first, second = run(cli, arguments), run(cli, arguments)
     assert first.exit_code == 0 and first.output.startswith("x =") and first.output == second.output
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "lasp.launch.cli", "train", str(tiny_yaml(tmp_path)), "--cp", "2"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen([*command, "steps=60"], stdout=file, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoints" / "step-00000010").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(max(_children(process.pid)), signal.SIGKILL)
+    assert process.wait(120) == 0, log.read_text()
+    assert "resumed at step" in log.read_text()
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(1, 61))
