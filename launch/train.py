@@ -171,7 +171,7 @@ def _resume(config: RunConfig, engine: DataParallelEngine, mesh: Mesh) -> tuple[
         if not found:
             return None
         shapes = {name: tuple(x.shape) for name, x in engine.model_tensors().items()}
-        checkpoints.check_same_model(found[0], dataclasses.asdict(config.model), shapes)
+        checkpoints.check_same_model(found[0], _architecture(config), shapes)
         notes.extend(_changes(found[0].state["config"], config.plain()))
         return found[0].state
 
@@ -183,6 +183,11 @@ def _resume(config: RunConfig, engine: DataParallelEngine, mesh: Mesh) -> tuple[
     random_state = tensors["optimizer"]["random_state"] if found else torch.get_rng_state()
     torch.set_rng_state(mesh.broadcast(random_state.to(mesh.device)).cpu())
     return state["data_position"], notes
+
+
+def _architecture(config: RunConfig) -> dict[str, Any]:
+    """The model's configuration without what may change between two runs of it."""
+    return {key: value for key, value in dataclasses.asdict(config.model).items() if key != "recompute"}
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -201,7 +206,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _save(config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: Tokenizer, position: int) -> str:
     """Write a checkpoint from the first rank; every rank learns whether it worked."""
-    model = dataclasses.asdict(config.model)
+    model = _architecture(config)
     state = {
         "data_position": position,
         "seed": config.seed,
