@@ -33,7 +33,7 @@ test-gpu: setup
 	$(PYTEST) -m gpu -rs
 
 bench: setup
-	$(BIN)/python benchmarks/chunked.py
+	$(BIN)/python benchmarks/chunked.py --json benchmarks/results/chunked_cpu.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,9 @@ one exchange. The operator is :mod:`lasp.kernels.chunked`, the exchange :mod:`la
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -51,7 +54,7 @@ def linear_attention(
             rank's share: the sum over the cp_group is the gradient.
         output_final_state: also return the state after each document, equal on all ranks. An upstream gradient on it
             is this rank's share likewise.
-        impl: ``torch`` (chunked), ``reference`` (token by token, one device), ``auto``.
+        impl: ``torch`` (chunked), ``reference`` (token by token, one device), ``auto`` (logs once what it chose).
 
     Returns:
         ``o`` [B, T, H, V] in v's dtype, and the final states in fp32 (fp64 for fp64 inputs) or None.
@@ -66,6 +69,8 @@ def linear_attention(
         borders = cp.layout.cu_seqlens_global
         o, final = recurrence(q, k, v, g, cu_seqlens=borders, causal=causal, scale=scale, initial_state=initial_state)
         return o, final if output_final_state else None
+    if impl == "auto":
+        _announce("torch", q.device.type)
     return _LinearAttention.apply(q, k, v, g, initial_state, cp, causal, scale, output_final_state)
 
 
@@ -164,6 +169,12 @@ def _by_document(state: Tensor, cp: CPContext, dtype: torch.dtype) -> Tensor:
 def _public_state(state: Tensor, cp: CPContext) -> Tensor:
     """[N, B, H, K, V] as the public [B, H, K, V] or [N, H, K, V]."""
     return state.squeeze(1 if cp.layout.num_documents > 1 else 0)
+
+
+@functools.cache
+def _announce(impl: str, device: str) -> None:
+    """Say once per process and kind of device what ``auto`` chose."""
+    logging.getLogger("lasp").info("linear_attention: impl='auto' chose %r on %s", impl, device)
 
 
 def _check(q, k, v, g, beta, cp, causal, initial_state, output_final_state, impl) -> None:

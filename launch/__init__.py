@@ -1,0 +1,1 @@
+"""Machines and runs: command line, configuration, data, the training loop, verification."""

@@ -1,0 +1,1 @@
+"""One job: the dp x cp mesh, the loss and gradient rule, the engine, checkpoints."""

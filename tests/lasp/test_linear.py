@@ -7,6 +7,7 @@ import torch
 
 from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.kernels.reference import recurrence
+from lasp.linear import _announce
 from tests.harness import assert_close
 from tests.lasp.linear_cases import GATES, PACKED, Case, matrix, special, worst
 
@@ -122,6 +123,15 @@ def test_an_input_changed_in_place_before_backward_is_caught():
     shifted.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         o.sum().backward()
+
+
+def test_auto_says_once_what_it_chose(caplog):
+    _announce.cache_clear()
+    q = torch.zeros(1, 4, 1, 2)
+    with caplog.at_level("INFO", "lasp"):
+        linear_attention(q, q, q)
+        linear_attention(q, q, q)
+    assert [record.getMessage() for record in caplog.records] == ["linear_attention: impl='auto' chose 'torch' on cpu"]
 
 
 def bad(**changes):
