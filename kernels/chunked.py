@@ -57,7 +57,7 @@ class _Chunked:
         """The tile's tokens of ``x`` [B, T, Hx, D] as [B, H, n, C, D], zero where a chunk is short."""
         x = x[:, tile.start : tile.stop].to(self.dtype)
         if tile.shape.gather is not None:
-            x = x.index_select(1, tile.shape.gather) * tile.shape.valid
+            x = x.index_select(1, tile.shape.gather).masked_fill(tile.shape.padding, 0.0)
         x = x.unflatten(1, (tile.shape.num_chunks, -1)).permute(0, 3, 1, 2, 4)  # [B, Hx, n, C, D]
         groups = self.num_heads // x.shape[1]
         return x.contiguous() if groups == 1 else x.repeat_interleave(groups, 1)
@@ -84,7 +84,7 @@ class _Chunked:
         g = self.g if self.g.dim() == 4 else self.g.unsqueeze(-1)
         g = g[:, tile.start : tile.stop].double().clamp(min=_LOWEST_LOG_DECAY)
         if tile.shape.gather is not None:
-            g = g.index_select(1, tile.shape.gather) * tile.shape.valid
+            g = g.index_select(1, tile.shape.gather).masked_fill(tile.shape.padding, 0.0)
         g = g.unflatten(1, (tile.shape.num_chunks, -1)).permute(0, 3, 1, 2, 4)
         groups = self.num_heads // g.shape[1]
         return (g if groups == 1 else g.repeat_interleave(groups, 1)).cumsum(-2)

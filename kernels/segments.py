@@ -43,7 +43,7 @@ class TileShape:
 
     Attributes:
         gather: token index, from the tile's start, of each padded slot, int64 [n * C]; None when all chunks are full.
-        valid: 1 for slots that hold a token, else 0, float32 [n * C, 1, 1]; None when all chunks are full.
+        padding: whether a slot holds no token, bool [n * C, 1, 1]; None when all chunks are full.
         scatter: padded slot of each token, int64 [tokens]; None when all chunks are full.
         counts: tokens of a chunk up to and including each slot, float64 [n, C], or [1, C] when all are full.
         segments: ``ids`` as a tensor, int64 [n].
@@ -66,14 +66,14 @@ class TileShape:
         self._begin = [(j, s) for j, s in enumerate(ids) if (not enters if j == 0 else ids[j - 1] != s)]
         self._end = [(j + 1, s) for j, s in enumerate(ids) if (not leaves if j == n - 1 else ids[j + 1] != s)]
         exits = {s: i for i, (_, s) in enumerate(self._end)}
-        self.gather = self.valid = self.scatter = None
+        self.gather = self.padding = self.scatter = None
         counts = torch.arange(1, size + 1, dtype=torch.float64).unsqueeze(0)
         if min(lengths) < size:
             length, slot = torch.tensor(lengths).unsqueeze(1), torch.arange(size).unsqueeze(0)
             first = length.cumsum(0) - length
             is_token = (slot < length).flatten()
             self.gather = torch.minimum(first + slot, first + length - 1).flatten().to(device)
-            self.valid = is_token.float().view(-1, 1, 1).to(device)
+            self.padding = (~is_token).view(-1, 1, 1).to(device)
             self.scatter = is_token.nonzero().flatten().to(device)
             counts = torch.minimum(counts, length.double())
         segments, order = torch.tensor(ids), torch.arange(n)

@@ -59,6 +59,7 @@ def softmax_forward(
         ValueError: ``impl`` is unknown or cannot serve these arguments.
     """
     impl = _choose(impl, q, k, v, window)
+    q, k, v = _dense_rows(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=state_dtype(q.dtype))
@@ -90,12 +91,18 @@ def softmax_backward(
         ``dq`` in q's dtype; ``dk`` and ``dv`` in fp32 (fp64 for fp64 inputs), zero for keys that no piece reads.
     """
     impl = _choose(impl, q, k, v, window)
+    q, k, v = _dense_rows(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dq = q.new_empty(q.shape)
     dk, dv = (x.new_zeros(x.shape, dtype=state_dtype(x.dtype)) for x in (k, v))
     backward = {"blocks": _blocks_backward, "flash_cpu": _cpu_backward, "flash_cuda": _cuda_backward}[impl]
     backward(do.contiguous(), q, k, v, o, lse, dq, dk, dv, pieces, causal, window, scale)
     return dq, dk, dv
+
+
+def _dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The flash ops take the last dim to be dense and do not look."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def _choose(impl: str, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> str:

@@ -26,15 +26,17 @@ from torch import Tensor
 @contextlib.contextmanager
 def ieee():
     """Full-precision matrix products inside: the caller's autocast and TF32 / bf16 matmul settings do not apply."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
+    # Only these switches: torch refuses to read its older global one once a caller has used the newer ones.
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [switch.fp32_precision for switch in switches]
     try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
 
 
 def in_ieee(fn):
@@ -111,6 +113,7 @@ def compose(later: StateMap, earlier: StateMap) -> StateMap:
     return StateMap(state, later.log_decay + earlier.log_decay)
 
 
+@in_ieee
 def fold(maps: StateMap, initial: Tensor | None = None) -> Tensor:
     """The state after ``n`` maps, stacked along dim 0 in the order of the tokens.
 

@@ -62,7 +62,7 @@ class Pending:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise RuntimeError(_describe_failure(self._name, self._group, self._started)) from error
+            raise RuntimeError(_describe_failure(self._name, self._group, self._started, error)) from error
         self._x = None
         return self._out
 
@@ -104,13 +104,15 @@ def _issue(name: str, x: Tensor, group: dist.ProcessGroup | None, out: Tensor, s
     try:
         work = start()
     except RuntimeError as error:
-        raise RuntimeError(_describe_failure(name, group, time.monotonic())) from error
+        raise RuntimeError(_describe_failure(name, group, time.monotonic(), error)) from error
 
     return Pending(name, work, x, out, group)
 
 
-def _describe_failure(name: str, group: dist.ProcessGroup | None, started: float, grace_s: float = 3.0) -> str:
-    """Who is missing: each waiting rank leaves its mark in the job's store, the others left none."""
+def _describe_failure(
+    name: str, group: dist.ProcessGroup | None, started: float, error: RuntimeError, grace_s: float = 3.0
+) -> str:
+    """Who is missing: each rank whose wait failed leaves its mark in the job's store."""
     waited = time.monotonic() - started
     group = dist.group.WORLD if group is None else group
     ranks, me = dist.get_process_group_ranks(group), dist.get_rank()
@@ -128,4 +130,9 @@ def _describe_failure(name: str, group: dist.ProcessGroup | None, started: float
         return f"{message} The job's store is gone as well: look at rank 0's first error."
     if not missing:
         return f"{message} All ranks of the group entered a collective: look at each rank's error below."
-    return f"{message} Rank(s) {missing} never entered it or died: look at their first error."
+    if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+        return f"{message} Rank(s) {missing} never entered it or died: look at their first error."
+    return (
+        f"{message} A connection was lost. Rank(s) {missing} have not reported: one of them died, others may wait for "
+        "it still. Look at the first error of those."
+    )

@@ -21,7 +21,7 @@ def merge_fields(
     if not isinstance(data, Mapping):
         raise ValueError(f"{cls.__name__} must be a mapping or a preset's name, got {data!r}.")
     name = data.get("preset")
-    if name is not None and name not in presets:
+    if name is not None and not (isinstance(name, str) and name in presets):
         raise ValueError(f"preset of {cls.__name__} must be one of {sorted(presets)}, got {name!r}.")
     own = {key: value for key, value in data.items() if key != "preset"}
     replaced = {other for pair in instead for key, other in (pair, pair[::-1]) if key in own}

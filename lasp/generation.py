@@ -31,13 +31,14 @@ def generate(
         int64 [B, T + n], n <= max_new_tokens: the prompts and what follows them.
 
     Raises:
-        ValueError: an empty prompt, a negative count or temperature, a generator without effect.
+        ValueError: an empty prompt, a negative count, a negative or infinite temperature, a generator without effect.
     """
     if tokens.dim() != 2 or tokens.shape[1] < 1:
         raise ValueError(f"tokens must be [B, T] with T >= 1, got shape {tuple(tokens.shape)}.")
-    if max_new_tokens < 0 or temperature < 0:
+    if max_new_tokens < 0 or not 0 <= temperature < float("inf"):
         raise ValueError(
-            f"max_new_tokens and temperature must not be negative, got {max_new_tokens} and {temperature}."
+            "max_new_tokens and temperature must not be negative, and temperature must be finite, got "
+            f"{max_new_tokens} and {temperature}. Set temperature=0 for the likeliest token."
         )
     if temperature == 0 and generator is not None:
         raise ValueError("generator has no effect at temperature = 0. Leave it None, or set a temperature.")
@@ -63,5 +64,6 @@ def _sample(logits: Tensor, temperature: float, generator: torch.Generator | Non
     """One token per row of logits [B, vocab_size]."""
     if temperature == 0:
         return logits.argmax(-1)
-    weights = (logits.float() / temperature).softmax(-1)
+    below = logits.float() - logits.float().amax(-1, keepdim=True)  # 0 at the likeliest: no temperature overflows it
+    weights = (below.double() / temperature).softmax(-1).float()
     return torch.multinomial(weights, 1, generator=generator).squeeze(1)

@@ -12,6 +12,7 @@ for a device are made from it in :mod:`lasp.context`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,7 +62,7 @@ class SequenceLayout:
 
     def __init__(self, cu_seqlens_global: Sequence[int] | Tensor, fragments: Sequence[Sequence[tuple[int, int]]]):
         self.cu_seqlens_global = _borders(cu_seqlens_global)
-        self.fragments = tuple(tuple((int(a), int(b)) for a, b in owned) for owned in fragments)
+        self.fragments = _fragments(fragments)
         self.total_tokens = self.cu_seqlens_global[-1]
         self.cp_size = len(self.fragments)
         self._check_tiling()
@@ -109,10 +110,10 @@ class SequenceLayout:
         Raises:
             ValueError: ``x`` does not have ``total_tokens`` entries along ``dim``; ``cp_rank`` is out of range.
         """
-        if x.shape[dim] != self.total_tokens:
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.total_tokens:
             raise ValueError(
-                f"x must hold all {self.total_tokens} tokens of the layout along dim {dim}, got {x.shape[dim]}: "
-                f"shape {tuple(x.shape)}. Shard the full sequence once, or build the layout for this length."
+                f"x must hold all {self.total_tokens} tokens of the layout along dim {dim}, got shape "
+                f"{tuple(x.shape)}. Shard the full sequence once, or build the layout for this length."
             )
         owned = self.fragments[self._rank(cp_rank)]
         return torch.cat([x.narrow(dim, start, stop - start) for start, stop in owned], dim)
@@ -191,8 +192,8 @@ class SequenceLayout:
         return tuple(result)
 
     def _rank(self, cp_rank: int) -> int:
-        if not 0 <= cp_rank < self.cp_size:
-            raise ValueError(f"cp_rank must be in [0, {self.cp_size}) for this layout, got {cp_rank}.")
+        if isinstance(cp_rank, bool) or not isinstance(cp_rank, int) or not 0 <= cp_rank < self.cp_size:
+            raise ValueError(f"cp_rank must be in [0, {self.cp_size}) for this layout, got {cp_rank!r}.")
         return cp_rank
 
     def _check_tiling(self) -> None:
@@ -242,10 +243,13 @@ def _borders(cu_seqlens: int | Sequence[int] | Tensor) -> tuple[int, ...]:
                 f"{tuple(cu_seqlens.shape)}."
             )
         cu_seqlens = cu_seqlens.tolist()
-    borders = (0, cu_seqlens) if isinstance(cu_seqlens, int) else tuple(cu_seqlens)
-    if any(isinstance(b, bool) or int(b) != b for b in borders):
-        raise ValueError(f"cu_seqlens_global must hold integers, got {borders}.")
-    borders = tuple(int(b) for b in borders)
+    try:
+        whole = not hasattr(cu_seqlens, "__len__")
+        borders = (0, _integer(cu_seqlens)) if whole else tuple(_integer(b) for b in cu_seqlens)
+    except TypeError:
+        raise ValueError(
+            f"cu_seqlens_global must hold integers, or be one, got {cu_seqlens!r}. Pass borders like (0, 40, 232)."
+        ) from None
     if len(borders) < 2 or borders[0] != 0 or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
         raise ValueError(f"cu_seqlens_global must start at 0 and never decrease, like (0, 40, 232); got {borders}.")
     if borders[-1] < 1:
@@ -253,10 +257,28 @@ def _borders(cu_seqlens: int | Sequence[int] | Tensor) -> tuple[int, ...]:
     return borders
 
 
+def _integer(value: object) -> int:
+    """Any integer type as an int; a TypeError for floats, bools and the rest."""
+    if isinstance(value, bool):
+        raise TypeError("a bool is no count")
+    return operator.index(value)
+
+
+def _fragments(fragments: Sequence[Sequence[tuple[int, int]]]) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Checked fragments as ints."""
+    try:
+        return tuple(tuple((_integer(a), _integer(b)) for a, b in owned) for owned in fragments)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"fragments must hold, per rank, pairs of integers (start, stop), got {fragments!r}. For two ranks of one "
+            "fragment each: [((0, 6),), ((6, 12),)]."
+        ) from None
+
+
 def _even_blocks(total: int, num_blocks: int, cp_size: int) -> list[tuple[int, int]]:
     """``num_blocks`` runs that tile ``[0, total)``, the first ones longer by one where it does not divide."""
-    if cp_size < 1:
-        raise ValueError(f"cp_size must be at least 1, got {cp_size}.")
+    if isinstance(cp_size, bool) or not isinstance(cp_size, int) or cp_size < 1:
+        raise ValueError(f"cp_size must be at least 1 and an int, got {cp_size!r}.")
     if total < cp_size:
         raise ValueError(
             f"a sequence of {total} tokens cannot be cut over cp_size = {cp_size} ranks: each needs one token or more. "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from lasp.context import CPContext
 from lasp.exchange import EXCHANGES
 from lasp.kernels.chunked import Backward, Forward, num_heads
 from lasp.kernels.reference import recurrence
-from lasp.kernels.state import StateMap, state_dtype, transition
+from lasp.kernels.state import StateMap, in_ieee, state_dtype, transition
 
 IMPLS = ("auto", "torch", "reference")
 
@@ -62,13 +63,15 @@ def linear_attention(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; ``g > 0`` (on CUDA: an asynchronous assert).
     """
+    _check_tensors(q=q, k=k, v=v, g=g, initial_state=initial_state)
     cp = CPContext.local(q.shape[1]) if cp is None else cp
-    _check(q, k, v, g, beta, cp, causal, initial_state, output_final_state, impl)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_state, impl)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "reference":
+        wide = [None if x is None else x.to(state_dtype(q.dtype)) for x in (q, k, v, g, initial_state)]
         borders = cp.layout.cu_seqlens_global
-        o, final = recurrence(q, k, v, g, cu_seqlens=borders, causal=causal, scale=scale, initial_state=initial_state)
-        return o, final if output_final_state else None
+        o, final = recurrence(*wide[:4], cu_seqlens=borders, causal=causal, scale=scale, initial_state=wide[4])
+        return o.to(v.dtype), final if output_final_state else None
     if impl == "auto":
         _announce("torch", q.device.type)
     return _LinearAttention.apply(q, k, v, g, initial_state, cp, causal, scale, output_final_state)
@@ -78,6 +81,7 @@ class _LinearAttention(torch.autograd.Function):
     """The stages of the operator with the exchange between them."""
 
     @staticmethod
+    @in_ieee
     def forward(ctx, q, k, v, g, initial_state, cp, causal, scale, output_final_state):
         plan = cp.chain_plan(causal, output_final_state)
         exchange = EXCHANGES[cp.exchange](cp, plan)
@@ -104,6 +108,7 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_ieee
     def backward(ctx, do, d_final):
         q, k, v, g, state, log_decay, entry, carries, before = ctx.saved_tensors
         (causal, scale), exchange, maps = ctx.options, ctx.exchange, StateMap(state, log_decay)
@@ -177,18 +182,36 @@ def _announce(impl: str, device: str) -> None:
     logging.getLogger("lasp").info("linear_attention: impl='auto' chose %r on %s", impl, device)
 
 
-def _check(q, k, v, g, beta, cp, causal, initial_state, output_final_state, impl) -> None:
+def _check_tensors(**arguments: Tensor | None) -> None:
+    """Refuse what is no tensor, has no floating dtype, or has an empty dimension."""
+    for name, x in arguments.items():
+        if x is None and name in ("g", "initial_state"):
+            continue
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"{name} must be a tensor of a floating dtype, got {got}. Convert it with torch.as_tensor."
+            )
+        if name in "qkv" and x.dim() != 4:
+            raise ValueError(f"{name} must be [B, T, H, D], got shape {tuple(x.shape)}. Add or merge dims.")
+        if 0 in x.shape and name != "initial_state":
+            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(x.shape)}. Leave the call out.")
+
+
+def _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_state, impl) -> None:
     """Refuse what cannot be computed, before anything is sent."""
+    if not isinstance(cp, CPContext):
+        raise ValueError(f"cp must be a CPContext or None, got {type(cp).__name__}. Wrap a layout: CPContext(layout).")
+    if scale is not None and (not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}. Leave it None for K ** -0.5.")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
     if beta is not None:
         raise ValueError("beta (the delta rule) has no operator yet; use kernels.reference.recurrence on one device.")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must be [B, T, H, D], got shape {tuple(x.shape)}.")
-        if not x.is_floating_point() or x.dtype != q.dtype or x.device != q.device:
+        if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"{name} must have q's floating dtype and device: q is {q.dtype} on {q.device}, {name} is {x.dtype} on "
+                f"{name} must have q's dtype and device: q is {q.dtype} on {q.device}, {name} is {x.dtype} on "
                 f"{x.device}. Convert it first."
             )
         cp.check_tokens(name, x)
@@ -202,7 +225,8 @@ def _check(q, k, v, g, beta, cp, causal, initial_state, output_final_state, impl
     for name, x in (("q", q), ("k", k), ("v", v), ("g", g)):
         if x is not None and heads % num_heads(x):
             raise ValueError(
-                f"the head count of {name} must divide the largest one: {num_heads(x)} does not divide {heads}."
+                f"the head count of {name} must divide the largest one: {num_heads(x)} does not divide {heads}. "
+                "Repeat or merge its heads."
             )
     if not causal and (initial_state is not None or output_final_state):
         raise ValueError("causal=False has no running state: leave initial_state None and output_final_state False.")
@@ -215,8 +239,6 @@ def _check(q, k, v, g, beta, cp, causal, initial_state, output_final_state, impl
                 f"initial_state must be {expected} on {q.device} ([B, H, K, V], or one row per packed document), got "
                 f"{tuple(initial_state.shape)} on {initial_state.device}."
             )
-        if not initial_state.is_floating_point():
-            raise ValueError(f"initial_state must have a floating dtype such as {state_dtype(q.dtype)}.")
     if impl == "reference" and cp.cp_size > 1:
         raise ValueError(f"impl='reference' runs on one device, got cp_size = {cp.cp_size}; use impl='torch'.")
 
@@ -230,8 +252,8 @@ def _check_gate(g: Tensor, q: Tensor, causal: bool) -> None:
         raise ValueError(
             f"g must be [H], [B, T, H] or [B, T, H, K] = {(batch, length, 'H', key_dim)}, got shape {tuple(g.shape)}."
         )
-    if not g.is_floating_point() or g.device != q.device:
-        raise ValueError(f"g must be floating and on q's device {q.device}, got {g.dtype} on {g.device}.")
+    if g.device != q.device:
+        raise ValueError(f"g must be on q's device {q.device}, got {g.device}. Move it first.")
     if g.is_cuda:
         torch._assert_async((g <= 0).all(), "g must be a log-decay <= 0")  # no host sync
     elif (g > 0).any():

@@ -27,7 +27,7 @@ def test_every_token_is_in_one_chunk_of_its_own_segment(lengths, chunks_per_tile
         assert (chunk_segments == (tile.first + shape.segments)[:, None]).all()
         if shape.scatter is not None:
             assert torch.equal(slots[shape.scatter], tokens)
-            assert shape.valid.sum() == len(tokens)
+            assert (~shape.padding).sum() == len(tokens)
     assert torch.equal(torch.cat(seen), torch.arange(ends[-1]))
     assert begun == ended == list(range(len(lengths)))
 

@@ -71,16 +71,31 @@ def test_suffix_sums_of_strong_decays_keep_the_digits_of_weak_ones():
     torch.testing.assert_close(suffix_sum(x, 0, inclusive=False)[1:], torch.tensor([-0.3, -0.2, 0.0]))
 
 
-def test_states_ignore_the_callers_autocast_and_matmul_precision():
-    maps = make_maps("dense", key_dim=64, value_dim=64, dtype=torch.float32)
+def set_legacy(value):
+    torch.set_float32_matmul_precision(value)
+
+
+def set_switches(value):
+    torch.backends.cuda.matmul.fp32_precision = value
+    torch.backends.mkldnn.matmul.fp32_precision = value
+
+
+@pytest.mark.parametrize(("setting", "value"), [(set_legacy, "medium"), (set_switches, "tf32")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_states_ignore_the_callers_autocast_and_matmul_precision(kind, setting, value):
+    maps = make_maps(kind, key_dim=64, value_dim=64, dtype=torch.float32)
     expected = fold(maps)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    setting(value)
+    chosen = [switch.fp32_precision for switch in switches]
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(fold(maps), expected)
-            seen = in_ieee(lambda: (torch.is_autocast_enabled("cpu"), torch.get_float32_matmul_precision()))()
-        assert seen == (False, "highest")
-        assert torch.get_float32_matmul_precision() == "medium"
+            assert torch.equal(fold(maps), expected) and fold(maps).dtype == torch.float32
+            inside = in_ieee(lambda: (torch.is_autocast_enabled("cpu"), [s.fp32_precision for s in switches]))()
+        assert inside == (False, ["ieee", "ieee"])
+        assert [switch.fp32_precision for switch in switches] == chosen
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision

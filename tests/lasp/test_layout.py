@@ -77,6 +77,12 @@ def test_slots_carry_everything_that_the_folds_read(layout, causal, finals):
                 assert forward_slot is not None or (place == 0 and not finals), "only a chain's end may stay home"
 
 
+def test_integers_of_other_libraries_are_integers():
+    np = pytest.importorskip("numpy")
+    assert SequenceLayout.contiguous(np.int64(10), 2) == SequenceLayout.contiguous(10, 2)
+    assert SequenceLayout.zigzag(np.array([0, 4, 10]), 2) == SequenceLayout.zigzag(torch.tensor([0, 4, 10]), 2)
+
+
 def test_zigzag_of_few_tokens_leaves_empty_blocks_out():
     layout = SequenceLayout.zigzag(5, 4)
     assert layout.fragments == (((0, 1),), ((1, 2),), ((2, 3),), ((3, 4), (4, 5)))
@@ -95,7 +101,14 @@ def test_zigzag_of_few_tokens_leaves_empty_blocks_out():
         (lambda: SequenceLayout(8, [((0, 5),), ((4, 8),)]), r"tile \[0, 8\) exactly once.*rank 1"),
         (lambda: SequenceLayout(8, [((0, 4),), ()]), r"fragments\[1\] is empty"),
         (lambda: SequenceLayout(8, [((0, 4),), ((4, 7),)]), r"they end at 7"),
-        (lambda: SequenceLayout.contiguous(8, 2).shard(torch.zeros(1, 7), 0), r"all 8 tokens.*got 7"),
+        (lambda: SequenceLayout.contiguous(8, 2).shard(torch.zeros(1, 7), 0), r"all 8 tokens.*got shape \(1, 7\)"),
+        (lambda: SequenceLayout.contiguous(8, 2).shard(torch.zeros(8), 0), r"all 8 tokens.*along dim 1"),
+        (lambda: SequenceLayout.contiguous(10.0, 2), r"must hold integers, or be one, got 10\.0"),
+        (lambda: SequenceLayout.contiguous(True, 1), r"must hold integers, or be one, got True"),
+        (lambda: SequenceLayout.contiguous(8, True), r"cp_size must be at least 1 and an int, got True"),
+        (lambda: SequenceLayout(10, [((0, 4.7),), ((4.2, 10),)]), r"pairs of integers \(start, stop\)"),
+        (lambda: SequenceLayout(10, [(0, 10)]), r"pairs of integers \(start, stop\)"),
+        (lambda: SequenceLayout.contiguous(8, 2).position_ids(0.5), r"cp_rank must be in \[0, 2\).*got 0\.5"),
         (lambda: SequenceLayout.contiguous(8, 2).shard(torch.zeros(1, 8), 2), r"cp_rank must be in \[0, 2\)"),
         (lambda: SequenceLayout.contiguous(8, 2).unshard([torch.zeros(1, 4)]), r"one tensor per rank: 2 ranks, got 1"),
         (lambda: SequenceLayout.contiguous(8, 2).unshard([torch.zeros(1, 3)] * 2), r"parts\[0\] must hold the 4"),

@@ -115,6 +115,18 @@ def test_the_reference_implementation_is_selectable_and_agrees():
         assert_close("o", actual, wanted, 1e-12)
 
 
+def test_the_reference_implementation_takes_bf16_with_fp32_gates_and_states():
+    q = torch.randn(1, 8, 2, 4).bfloat16()
+    g, state = -torch.rand(1, 8, 2), torch.randn(1, 2, 4, 4)
+    both = [
+        linear_attention(q, q, q, g, initial_state=state, output_final_state=True, impl=i)
+        for i in ("reference", "torch")
+    ]
+    for o, final in both:
+        assert (o.dtype, final.dtype) == (torch.bfloat16, torch.float32)
+    assert_close("final_state", both[1][1], both[0][1], 1e-6)
+
+
 def test_an_input_changed_in_place_before_backward_is_caught():
     q, k, v = (torch.randn(1, 8, 1, 4, requires_grad=True) for _ in range(3))
     shifted = k + 0
@@ -142,12 +154,12 @@ def bad(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": torch.zeros(8, 2, 4)}, r"q must be \[B, T, H, D\]|cut"),
+        ({"q": torch.zeros(8, 2, 4)}, r"q must be \[B, T, H, D\], got shape \(8, 2, 4\)"),
         ({"k": torch.zeros(1, 8, 2, 5)}, r"q and k must have the same head dim K: 4 and 5"),
         ({"k": torch.zeros(1, 7, 2, 4)}, r"k must hold the 8 tokens of cp rank 0.*got 7"),
         ({"k": torch.zeros(2, 8, 2, 4)}, r"k must have q's batch size 1, got 2"),
-        ({"v": torch.zeros(1, 8, 2, 6, dtype=torch.float64)}, r"v must have q's floating dtype.*float64"),
-        ({"q": torch.zeros(1, 8, 2, 4, dtype=torch.int64)}, r"q must have q's floating dtype"),
+        ({"v": torch.zeros(1, 8, 2, 6, dtype=torch.float64)}, r"v must have q's dtype and device.*float64"),
+        ({"q": torch.zeros(1, 8, 2, 4, dtype=torch.int64)}, r"q must be a tensor of a floating dtype, got torch.int64"),
         ({"v": torch.zeros(1, 8, 3, 6)}, r"head count of q must divide the largest one: 2 does not divide 3"),
         ({"g": torch.zeros(1, 8, 2) + 0.5}, r"log-decay, <= 0 everywhere, got a maximum of 0\.5"),
         ({"g": torch.zeros(8, 2)}, r"g must be \[H\], \[B, T, H\] or \[B, T, H, K\]"),
@@ -157,6 +169,11 @@ def bad(**changes):
         ({"output_final_state": True, "causal": False}, r"causal=False has no running state"),
         ({"initial_state": torch.zeros(1, 2, 6, 4)}, r"initial_state must be \(1, 2, 4, 6\).*got \(1, 2, 6, 4\)"),
         ({"beta": torch.zeros(1, 8, 2)}, r"beta .* has no operator yet"),
+        ({"q": None}, r"q must be a tensor of a floating dtype, got NoneType"),
+        ({"g": [0.0, 0.0]}, r"g must be a tensor of a floating dtype, got list"),
+        ({"v": torch.zeros(1, 8, 2, 0)}, r"v must have no empty dimension, got shape \(1, 8, 2, 0\)"),
+        ({"scale": float("nan")}, r"scale must be a finite number or None, got nan"),
+        ({"cp": SequenceLayout.contiguous(8, 1)}, r"cp must be a CPContext or None, got SequenceLayout"),
         ({"impl": "cuda"}, r"impl must be one of .*got 'cuda'"),
         ({"cp": CPContext.local((0, 3, 9))}, r"q must hold the 9 tokens of cp rank 0.*got 8"),
     ],

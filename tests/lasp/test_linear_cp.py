@@ -198,3 +198,21 @@ def test_the_glossarys_numbers(ranks):
     assert ranks.run(counted_tokens, None, size=2) == [[1, 2, 3, 5, 6, 7], [4, 5, 1, 2, 3, 4]]
     first, _ = ranks.run(counted_tokens, 0.5, size=2)
     assert first[3] == pytest.approx(0.5 * 1.875 + 1)
+
+
+def under_autocast(group, enabled):
+    """Outputs, states and a gradient of three ranks, where every rank but the first folds several maps."""
+    layout = SequenceLayout.contiguous(64, dist.get_world_size(group))
+    cp, x = CPContext(layout, group), Case("token", borders=(0, 64), key_dim=32, value_dim=32).inputs()
+    local = [layout.shard(x[n], cp.cp_rank).float().requires_grad_() for n in "qkvg"]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        o, final = linear_attention(*local, cp=cp, output_final_state=True)
+        (o.square().sum() + final.sum()).backward()
+    return [o.detach(), final.detach(), *(t.grad for t in local)]
+
+
+def test_autocast_of_the_caller_does_not_reach_the_fold(ranks):
+    plain, cast = (ranks.run(under_autocast, enabled, size=3) for enabled in (False, True))
+    for expected, actual in zip(plain, cast, strict=True):
+        for a, b in zip(actual, expected, strict=True):
+            assert a.dtype == torch.float32 and torch.equal(a, b)

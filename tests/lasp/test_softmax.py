@@ -261,3 +261,18 @@ def test_rows_cannot_be_packed_documents():
     x = torch.zeros(2, 6, 2, 8)
     with pytest.raises(ValueError, match=r"q must have B = 1 .* B = 2, 2 documents"):
         softmax_attention(x, x, x, cp=CPContext.local((0, 2, 6)))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_inputs_of_any_strides_give_the_same_result(window):
+    make = lambda heads: torch.randn(1, 4, 8, heads, dtype=torch.float64).transpose(1, 3)  # noqa: E731
+    q, k = make(6), make(2)  # [1, heads, 8, 4]: the last dim is not dense
+    q, k = q.transpose(1, 2), k.transpose(1, 2)
+    v = torch.randn(1, 8, 2, 1, dtype=torch.float64).expand(-1, -1, -1, 4)
+    results = []
+    for inputs in ((q, k, v), tuple(x.contiguous() for x in (q, k, v))):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        o = softmax_attention(*leaves, window=window)
+        results.append([o, *torch.autograd.grad(o.square().sum(), leaves)])
+    for strided, dense in zip(*results, strict=True):
+        torch.testing.assert_close(strided, dense)
