@@ -112,3 +112,8 @@ print(time.perf_counter() - started)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 4.0
+
+
+def test_the_documents_have_no_place_left_to_fill():
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        assert "@@" not in path.read_text(), path
