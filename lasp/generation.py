@@ -35,11 +35,12 @@ def generate(
     """
     if tokens.dim() != 2 or tokens.shape[1] < 1:
         raise ValueError(f"tokens must be [B, T] with T >= 1, got shape {tuple(tokens.shape)}.")
-    if max_new_tokens < 0 or not 0 <= temperature < float("inf"):
+    if max_new_tokens < 0 or temperature < 0:
         raise ValueError(
-            "max_new_tokens and temperature must not be negative, and temperature must be finite, got "
-            f"{max_new_tokens} and {temperature}. Set temperature=0 for the likeliest token."
+            f"max_new_tokens and temperature must not be negative, got {max_new_tokens} and {temperature}."
         )
+    if not temperature < float("inf"):
+        raise ValueError(f"temperature must be finite, got {temperature}. Set 0 for the likeliest token.")
     if temperature == 0 and generator is not None:
         raise ValueError("generator has no effect at temperature = 0. Leave it None, or set a temperature.")
     if max_new_tokens == 0:

@@ -75,7 +75,7 @@ def verify(config: str, overrides: tuple[str, ...], cp_size: int | None) -> None
     from lasp.launch.verify import verify as compare
 
     run = load_config(config, list(overrides))
-    sys.exit(compare(run, cp_size or max(2, run.cp_size)))
+    sys.exit(compare(run, max(2, run.cp_size) if cp_size is None else cp_size))
 
 
 @cli.group()
@@ -90,10 +90,12 @@ def data() -> None:
 @click.option("--glob", "pattern", default="*", show_default=True, help="Which files of a folder to read.")
 def prepare(inputs: tuple[str, ...], output: str, tokenizer: str, pattern: str) -> None:
     """Turn text files, or folders of them, into Megatron token files: one document per file."""
-    from lasp.launch.token_files import read_texts, write_token_file
+    from lasp.launch.token_files import check_output, list_files, read_texts, write_token_file
     from lasp.launch.tokenizer import load_tokenizer
 
-    file = write_token_file(output, read_texts(inputs, pattern), load_tokenizer(tokenizer))
+    files = list_files(inputs, pattern)
+    check_output(output, files)
+    file = write_token_file(output, read_texts(files), load_tokenizer(tokenizer))
     click.echo(f"{output}.bin, .idx: {len(file):,} documents, {file.num_tokens:,} tokens")
     click.echo(f"train on it with data.source={output} data.tokenizer={tokenizer}")
 
@@ -103,7 +105,7 @@ def prepare(inputs: tuple[str, ...], output: str, tokenizer: str, pattern: str) 
 @click.option("--prompt", required=True, help="Text to go on from.")
 @click.option("--max-new-tokens", type=click.IntRange(0), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0: the likeliest token.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 def generate(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
     """Let a trained model continue a text. CHECKPOINT is a checkpoint or a run directory."""
     from lasp.launch.generate import load_model, sample_text
@@ -152,7 +154,7 @@ def _fail(error: Exception, debug: bool) -> None:
 
     if debug and isinstance(error, RankFailure):
         click.echo(error.details, err=True)
-    elif debug or not isinstance(error, (ValueError, FloatingPointError, RankFailure)):
+    elif debug or not isinstance(error, (ValueError, FloatingPointError, OSError, RankFailure)):
         raise error
     click.secho(f"error: {error}", fg="red", err=True)
     sys.exit(_FAILURE)

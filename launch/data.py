@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lasp.launch.token_files import TokenFile, read_texts, stdlib_files, with_suffix, write_token_file
-from lasp.launch.tokenizer import Tokenizer
+from lasp.launch.tokenizer import BYTES, Tokenizer, fingerprint
 from lasp.layout import SequenceLayout
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
@@ -128,12 +128,27 @@ class DataPlan:
         starts = [first_token + (m * mesh.dp_size + mesh.dp_rank) * self.seq_len for m in range(self.micro_steps(mesh))]
         return [self.cut(stream.sequence(start, self.seq_len), mesh) for start in starts]
 
-    def eval_batches(self, stream: PackedStream, sequences: int, mesh: Mesh) -> list[Batch]:
-        """This rank's share of the first ``sequences`` held-out sequences; the stream is read once at most."""
+    def eval_batches(self, stream: PackedStream, sequences: int, mesh: Mesh) -> tuple[list[Batch], str | None]:
+        """This rank's share of the first ``sequences`` held-out sequences; the stream is read once at most.
+
+        Returns:
+            the batches, and what the user should know: sequences that nothing can be measured on are left out.
+        """
         starts = [n * self.seq_len for n in range(sequences) if n * self.seq_len < stream.epoch_tokens]
         lengths = [min(self.seq_len, stream.epoch_tokens - start) for start in starts]
-        wanted = [(a, n) for a, n in zip(starts, lengths, strict=True) if n >= mesh.cp_size]
-        return [self.cut(stream.sequence(a, n), mesh) for a, n in wanted[mesh.dp_rank :: mesh.dp_size]]
+        wanted = [(a, n) for a, n in zip(starts, lengths, strict=True) if self.labels(stream.sequence(a, n))]
+        used = [(a, n) for a, n in wanted if n >= mesh.cp_size]
+        batches = [self.cut(stream.sequence(a, n), mesh) for a, n in used[mesh.dp_rank :: mesh.dp_size]]
+        if not wanted:
+            return [], "the held-out sequences hold no label: there is no held-out loss. Hold out longer documents."
+        if len(used) < len(wanted):
+            short = f"{len(wanted) - len(used)} of {len(wanted)} held-out sequences"
+            return batches, f"{short} left out: shorter than cp_size = {mesh.cp_size} tokens. Hold out more text."
+        return batches, None
+
+    def labels(self, sequence: Sequence) -> int:
+        """How many of a sequence's tokens have a next token in their document."""
+        return len(sequence.tokens) - (1 if self.join_documents else len(sequence.cu_seqlens) - 1)
 
 
 def split_documents(num_documents: int, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -163,8 +178,10 @@ def open_source(source: str, cache_dir: Path, tokenizer: Tokenizer) -> TokenFile
     Raises:
         ValueError: no such file, or one that another tokenizer made.
     """
+    own = fingerprint(tokenizer)
     if source == STDLIB:
-        prefix = cache_dir / f"stdlib-{Path(tokenizer.name).stem}"
+        digest = "" if own == BYTES else f"-{own[:12]}"
+        prefix = cache_dir / f"stdlib-{Path(tokenizer.name).stem}{digest}"
         if not all(with_suffix(prefix, s).is_file() for s in (".bin", ".idx", ".json")):
             write_token_file(prefix, read_texts(stdlib_files()), tokenizer)
         file = TokenFile(prefix)
@@ -175,5 +192,12 @@ def open_source(source: str, cache_dir: Path, tokenizer: Tokenizer) -> TokenFile
         raise ValueError(
             f"{file.prefix} was prepared with tokenizer {made_by!r} of {file.info['vocab_size']} ids, but "
             f"data.tokenizer is {tokenizer.name!r} of {tokenizer.vocab_size}. Set data.tokenizer={made_by}."
+        )
+    theirs = str(file.info.get("tokenizer_sha256", own))
+    if theirs != own:
+        raise ValueError(
+            f"{file.prefix} was prepared with tokenizer {made_by!r} ({theirs[:12]}), but data.tokenizer is "
+            f"{tokenizer.name!r} ({own[:12]}): the same ids mean other text. Set data.tokenizer to the one that "
+            "prepared it, or prepare the data again."
         )
     return file

@@ -28,7 +28,7 @@ from typing import Any
 from lasp.launch.schema import RunConfig
 
 _GRACE_S = 6.0  # for the other ranks to end by themselves after one has failed
-_EXPECTED = (ValueError, FloatingPointError)  # errors whose message is the whole story
+_EXPECTED = (ValueError, FloatingPointError, OSError)  # errors whose message is the whole story
 
 
 class RankFailure(RuntimeError):

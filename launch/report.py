@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lasp.launch.schema import RunConfig
+from lasp.parallel.files import writing
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 
@@ -38,16 +39,20 @@ class Report:
         self._console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self._path = config.run_dir / METRICS
         self.records = [record for record in read_metrics(config.run_dir) if record["step"] <= start_step]
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        with writing(self._path):
+            self._path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
     def __enter__(self) -> Report:
         if not self._active:
             return self
-        self._file = self._path.open("a")
+        with writing(self._path):
+            self._file = self._path.open("a")
         if self._config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._config.run_dir / "tensorboard"), purge_step=self._start_step + 1)
+            events = self._config.run_dir / "tensorboard"
+            with writing(events):
+                self._writer = SummaryWriter(str(events), purge_step=self._start_step + 1)
         if self._console.is_terminal:
             self._progress = _progress_bar(self._console)
             self._bar = self._progress.add_task("", total=self._config.steps, completed=self._start_step, text="")
@@ -78,8 +83,9 @@ class Report:
         if not self._active:
             return
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         if self._writer is not None:
             for key, value in record.items():
                 if key != "step":
@@ -114,17 +120,20 @@ class Report:
         """The loss curve as a PNG."""
         if not self._active or not self.records:
             return None
-        return plot_losses(self.records, self._config.run_dir / PLOT)
+        with writing(self._config.run_dir / PLOT):
+            return plot_losses(self.records, self._config.run_dir / PLOT)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run so far; a last line that a crash cut short is left out."""
+    """The records of a run so far; lines that hold none, as a crash may leave, are left out."""
     path, records = run_dir / METRICS, []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and all(isinstance(record.get(key), (int, float)) for key in ("step", "loss")):
+            records.append(record)
     return records
 
 

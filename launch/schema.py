@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +35,7 @@ def _refuse_bool(value: Any) -> Any:
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Count = Annotated[Integer, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MAX_LR, MAX_TIMEOUT_S = 1e6, 1e6  # beyond these a float32 step or a clock overflows
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -66,7 +67,7 @@ class DataConfig(_Section):
 class OptimizerConfig(_Section):
     """AdamW, linear warmup, cosine decay from ``lr`` to ``min_lr``. ``clip``: largest gradient norm, or null."""
 
-    lr: Positive = 3e-3
+    lr: Annotated[Positive, Field(le=MAX_LR)] = 3e-3
     min_lr: NonNegative = 0.0
     warmup_steps: Annotated[Integer, Field(ge=0)] = 0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -126,7 +127,7 @@ class RunConfig(_Section):
     """
 
     run_dir: Path
-    seed: Annotated[Integer, Field(ge=0)] = 0
+    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
     steps: Count
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     cp_size: Count = 1
@@ -139,7 +140,7 @@ class RunConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     exchange: Literal["all_gather"] = "all_gather"
-    timeout_s: Positive = 600.0
+    timeout_s: Annotated[Positive, Field(le=MAX_TIMEOUT_S)] = 600.0
     model: Annotated[ModelConfig, BeforeValidator(ModelConfig.from_dict)]
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -155,7 +156,7 @@ class RunConfig(_Section):
             model = {"preset": model}
         if isinstance(model, Mapping) and "vocab_size" not in model:
             data = values.get("data") or {}
-            name = data.get("tokenizer", BYTES) if isinstance(data, Mapping) else data.tokenizer
+            name = data.get("tokenizer", BYTES) if isinstance(data, Mapping) else getattr(data, "tokenizer", BYTES)
             values = {**values, "model": {**model, "vocab_size": load_tokenizer(str(name)).vocab_size}}
         return values
 
@@ -187,7 +188,7 @@ class RunConfig(_Section):
         if self.data.batch_size % (self.dp_size or 1):
             raise ValueError(
                 f"data.batch_size = {self.data.batch_size} sequences per step must be a multiple of dp_size = "
-                f"{self.dp_size}. Set data.batch_size to one."
+                f"{self.dp_size}. Set data.batch_size to a multiple of {self.dp_size}."
             )
         return self
 
@@ -207,6 +208,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ValueError: naming the file or override, the key, the rule and the value.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"configuration {path} is a directory. Name a YAML file, like {path}/config.yaml.")
     if not Path(path).is_file():
         raise ValueError(f"configuration {path} does not exist.")
     try:
@@ -218,11 +221,19 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     _check_keys(values, str(path))
     for text in overrides:
         _apply_override(values, text)
+    return checked(values, f"{path} with {', '.join(overrides)}" if overrides else str(path))
+
+
+def checked(values: Mapping[str, Any], source: str) -> RunConfig:
+    """The configuration that plain values make.
+
+    Raises:
+        ValueError: naming the source, each key, its rule and its value.
+    """
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines = [_describe(problem) for problem in error.errors()]
-        source = f"{path} with {', '.join(overrides)}" if overrides else str(path)
         raise ValueError(f"{source}: " + "\n  ".join(lines)) from error
 
 
@@ -274,8 +285,15 @@ def _check_keys(values: Mapping[str, Any], source: str, owner: type = RunConfig,
         section = known[key]
         if section is not None and isinstance(value, Mapping):
             _check_keys(value, source, section, f"{prefix}{key}.")
+        elif section is not None and value is not None and not (isinstance(value, str) and _has_presets(section)):
+            preset = " or a preset's name" if _has_presets(section) else ""
+            raise ValueError(f"{source}: {prefix}{key} must be a mapping of keys{preset}, got {value!r}.")
         elif section is None and isinstance(value, Mapping):
             raise ValueError(f"{source}: {prefix}{key} holds one value and no keys below it, got {dict(value)!r}.")
+
+
+def _has_presets(section: type) -> bool:
+    return dataclasses.is_dataclass(section)
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
@@ -294,15 +312,12 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
-        keys = list(self._keys(node))
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is given twice near line {node.start_mark.line + 1}")
-        return mapping
-
-    def _keys(self, node: yaml.MappingNode) -> Iterator[str]:
+        seen: list[Any] = []
         for key, _ in node.value:
-            yield key.value
+            if key.value in seen:
+                raise yaml.YAMLError(f"key {key.value!r} is given twice, again in line {key.start_mark.line + 1}")
+            seen.append(key.value)
+        return mapping
 
 
 _Loader.add_implicit_resolver(

@@ -22,8 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lasp.launch.tokenizer import Tokenizer
+from lasp.launch.tokenizer import Tokenizer, fingerprint
+from lasp.parallel.files import writing
 
+_SUFFIXES = (".bin", ".idx", ".json")
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {
     1: np.uint8,
@@ -49,13 +51,21 @@ class TokenFile:
                     f"--output {prefix!s}`, or use data.source=stdlib."
                 )
         self.lengths, self._offsets, self._dtype = _read_index(index)
-        end = int(self._offsets[-1] + self.lengths[-1] * self._dtype.itemsize) if len(self.lengths) else 0
         size = tokens.stat().st_size
-        if size < end:
-            raise ValueError(f"{tokens} is truncated: {size} bytes, {index.name} says {end}. Prepare the data again.")
+        if len(self.lengths):
+            end = int((self._offsets + self.lengths.astype(np.int64) * self._dtype.itemsize).max())
+            if self.lengths.min() < 0 or self._offsets.min() < 0 or end < 0:
+                raise ValueError(
+                    f"{index} is damaged: lengths and byte offsets must not be negative, the smallest are "
+                    f"{self.lengths.min()} and {self._offsets.min()}. Prepare the data again."
+                )
+            if size < end:
+                raise ValueError(
+                    f"{tokens} is truncated: {size} bytes, {index.name} says {end}. Prepare the data again."
+                )
         self._bytes = np.memmap(tokens, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
         info = with_suffix(prefix, ".json")
-        self.info: dict = json.loads(info.read_text()) if info.is_file() else {}
+        self.info: dict = _read_info(info) if info.is_file() else {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -81,12 +91,17 @@ def write_token_file(prefix: str | Path, texts: Iterable[str], tokenizer: Tokeni
 
     Raises:
         ValueError: no document holds any text.
+        OSError: the files cannot be written.
     """
+    with writing(prefix):
+        _write_files(Path(prefix), texts, tokenizer)
+    return TokenFile(prefix)
+
+
+def _write_files(prefix: Path, texts: Iterable[str], tokenizer: Tokenizer) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size < 65500 else np.int32)
-    prefix = Path(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    suffixes = (".bin", ".idx", ".json")
-    temporary = {s: with_suffix(prefix, f"{s}.tmp{os.getpid()}") for s in suffixes}
+    temporary = {s: with_suffix(prefix, f"{s}.tmp{os.getpid()}") for s in _SUFFIXES}
     lengths: list[int] = []
     try:
         with temporary[".bin"].open("wb") as tokens:
@@ -103,22 +118,23 @@ def write_token_file(prefix: str | Path, texts: Iterable[str], tokenizer: Tokeni
         _write_index(temporary[".idx"], lengths, dtype)
         info = {
             "tokenizer": tokenizer.name,
+            "tokenizer_sha256": fingerprint(tokenizer),
             "vocab_size": tokenizer.vocab_size,
             "eos": tokenizer.eos,
             "documents": len(lengths),
             "tokens": sum(lengths),
         }
         temporary[".json"].write_text(json.dumps(info, indent=1))
-        for suffix in suffixes:
+        for suffix in _SUFFIXES:
             os.replace(temporary[suffix], with_suffix(prefix, suffix))
     finally:
         for path in temporary.values():
-            path.unlink(missing_ok=True)
-    return TokenFile(prefix)
+            if path.parent.is_dir():
+                path.unlink(missing_ok=True)
 
 
-def read_texts(inputs: Iterable[str | Path], pattern: str = "*") -> Iterator[str]:
-    """The text of each file: named ones, and those below named folders whose name matches, in sorted order.
+def list_files(inputs: Iterable[str | Path], pattern: str = "*") -> list[Path]:
+    """Named files, and those below named folders whose name matches, in sorted order.
 
     Raises:
         ValueError: an input that does not exist; no file at all.
@@ -130,8 +146,35 @@ def read_texts(inputs: Iterable[str | Path], pattern: str = "*") -> Iterator[str
         files += sorted(p for p in path.rglob(pattern) if p.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"no file to read: no input holds a file that matches {pattern!r}.")
+    return files
+
+
+def check_output(prefix: str | Path, files: Iterable[Path]) -> None:
+    """Refuse an output that is one of the inputs.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    outputs = {with_suffix(prefix, suffix).resolve() for suffix in _SUFFIXES}
     for file in files:
-        yield file.read_text(encoding="utf-8", errors="surrogateescape")
+        if file.resolve() in outputs:
+            raise ValueError(
+                f"--output {prefix}: {file} is one of the inputs and would be overwritten. Write to another folder, "
+                "or choose the inputs with --glob."
+            )
+
+
+def read_texts(files: Iterable[Path]) -> Iterator[str]:
+    """The text of each file.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    for file in files:
+        try:
+            yield file.read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError as error:
+            raise ValueError(f"input {file} cannot be read: {error.strerror or error}.") from error
 
 
 def stdlib_files() -> list[Path]:
@@ -157,6 +200,17 @@ def _write_index(path: Path, lengths: list[int], dtype: np.dtype) -> None:
         file.write(np.asarray(lengths, "<i4").tobytes())
         file.write((np.cumsum(sizes) - sizes).astype("<i8").tobytes())
         file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+def _read_info(path: Path) -> dict:
+    """What PREFIX.json says."""
+    try:
+        info = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}. Prepare the data again.") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {info!r:.80}. Prepare the data again.")
+    return info
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype]:

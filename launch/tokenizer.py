@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -86,6 +87,12 @@ class FileTokenizer:
     def to_json(self) -> bytes:
         """The file's content."""
         return self._content
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """What tells a tokenizer from another one of equal size: ``bytes``, or the sha256 of its JSON."""
+    content = tokenizer.to_json()
+    return BYTES if content is None else hashlib.sha256(content).hexdigest()
 
 
 def load_tokenizer(name: str, content: bytes | None = None) -> Tokenizer:

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from lasp.launch import run_dir
 from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
 from lasp.launch.generate import sample_text
 from lasp.launch.rendezvous import Job, choose_device, process_group
 from lasp.launch.report import PLOT, Report, peak_memory_bytes
 from lasp.launch.schema import RunConfig
-from lasp.launch.tokenizer import Tokenizer, load_tokenizer
+from lasp.launch.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from lasp.model import LinearLlama
 from lasp.parallel import checkpoint as checkpoints
 from lasp.parallel.engine import DataParallelEngine, OptimizerSettings
@@ -52,7 +52,6 @@ def train(config: RunConfig) -> None:
 
 def _train(config: RunConfig, mesh: Mesh, timeout: timedelta) -> None:
     torch.manual_seed(config.seed)
-    mesh.on_first(lambda: _prepare_run_dir(config))
 
     # Data: the first rank prepares it once, all map the same files.
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -63,19 +62,19 @@ def _train(config: RunConfig, mesh: Mesh, timeout: timedelta) -> None:
     data = config.data
     plan = DataPlan(data.seq_len, data.batch_size, config.layout, config.exchange, data.join_documents)
     plan.micro_steps(mesh)
-    eval_batches = []
+    eval_batches, unmeasured = [], None
     if len(held_out):
         held_out_stream = PackedStream(file, held_out, None, config.model.vocab_size)
-        eval_batches = plan.eval_batches(held_out_stream, config.eval.sequences, mesh)
+        eval_batches, unmeasured = plan.eval_batches(held_out_stream, config.eval.sequences, mesh)
 
     # Model and engine: the same initial values at every number of ranks.
     model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed)).to(mesh.device)
     engine = DataParallelEngine(model, mesh, _optimizer_settings(config), config.torch_dtype)
-    position, notes = _resume(config, engine, mesh)
+    position, notes = _resume(config, engine, mesh, tokenizer)
 
     report = Report(config, engine.step_count, active=mesh.is_first)
     report.table("run", _derived(config, mesh, engine, plan, stream, len(file), len(held_out)))
-    for note in notes:
+    for note in [*notes, *([unmeasured] if unmeasured else [])]:
         report.warn(note)
     if engine.step_count:
         report.say(f"resumed at step {engine.step_count} of {config.steps}")
@@ -109,7 +108,8 @@ def _train(config: RunConfig, mesh: Mesh, timeout: timedelta) -> None:
                 "peak_memory_bytes": peak_memory_bytes(),
             }
             if held_out.size and (last or _due(step, config.eval.every)):
-                record["eval_loss"] = engine.evaluate(eval_batches)
+                eval_loss = engine.evaluate(eval_batches)
+                record |= {} if eval_loss is None else {"eval_loss": eval_loss}
             report.step(record)
             stopping = mesh.any(stop.requested)
             if last or stopping or _due(step, config.checkpoint.every):
@@ -142,23 +142,11 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _prepare_run_dir(config: RunConfig) -> None:
-    """Make the directory and note the configuration in it; on a fresh start, move older results aside."""
-    run_dir = config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if config.checkpoint.resume is False:
-        old = [path for path in run_dir.iterdir() if path.name in ("checkpoints", "metrics.jsonl", "tensorboard")]
-        if old:
-            n = 1 + max((int(p.name[9:]) for p in run_dir.glob("previous-*") if p.name[9:].isdigit()), default=0)
-            aside = run_dir / f"previous-{n}"
-            aside.mkdir()
-            for path in old:
-                path.rename(aside / path.name)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+def _resume(config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: Tokenizer) -> tuple[int, list[str]]:
+    """Continue from a checkpoint if there is one: the data position, and what the user should know.
 
-
-def _resume(config: RunConfig, engine: DataParallelEngine, mesh: Mesh) -> tuple[int, list[str]]:
-    """Continue from a checkpoint if there is one: the data position, and what the user should know."""
+    The run directory becomes this run's only when the checkpoint has been accepted.
+    """
     found: list[checkpoints.Checkpoint] = []
     notes: list[str] = []
 
@@ -169,10 +157,13 @@ def _resume(config: RunConfig, engine: DataParallelEngine, mesh: Mesh) -> tuple[
         elif resume and (checkpoint := checkpoints.load_newest(config.run_dir / "checkpoints", notes.append)):
             found.append(checkpoint)
         if not found:
+            notes.extend(run_dir.claim(config, None))
             return None
         shapes = {name: tuple(x.shape) for name, x in engine.model_tensors().items()}
         checkpoints.check_same_model(found[0], _architecture(config), shapes)
+        _check_same_tokenizer(found[0], tokenizer)
         notes.extend(_changes(found[0].state["config"], config.plain()))
+        notes.extend(run_dir.claim(config, found[0]))
         return found[0].state
 
     state = mesh.on_first(read)
@@ -183,6 +174,16 @@ def _resume(config: RunConfig, engine: DataParallelEngine, mesh: Mesh) -> tuple[
     random_state = tensors["optimizer"]["random_state"] if found else torch.get_rng_state()
     torch.set_rng_state(mesh.broadcast(random_state.to(mesh.device)).cpu())
     return state["data_position"], notes
+
+
+def _check_same_tokenizer(checkpoint: checkpoints.Checkpoint, tokenizer: Tokenizer) -> None:
+    state, own = checkpoint.state, fingerprint(tokenizer)
+    if state.get("tokenizer_sha256", own) != own:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} was trained with tokenizer {state['tokenizer']!r} "
+            f"({state['tokenizer_sha256'][:12]}), but data.tokenizer is {tokenizer.name!r} ({own[:12]}): the same "
+            "ids mean other text. Set data.tokenizer to the checkpoint's, or checkpoint.resume=false."
+        )
 
 
 def _architecture(config: RunConfig) -> dict[str, Any]:
@@ -213,6 +214,7 @@ def _save(config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: 
         "model": model,
         "model_digest": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
         "tokenizer": tokenizer.name,
+        "tokenizer_sha256": fingerprint(tokenizer),
         "schedule": {"step": engine.step_count, "steps": config.steps},
         "config": config.plain(),
     }

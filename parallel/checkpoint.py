@@ -30,6 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lasp.parallel.files import writing
+
 FORMAT, VERSION = "lasp-checkpoint", 1
 MANIFEST, STATE = "manifest.json", "state.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -67,19 +69,37 @@ def save(
     keep: int | None = None,
     extras: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write ``directory/step-NNNNNNNN`` atomically, then delete all but the newest ``keep``.
+    """Write ``directory/step-NNNNNNNN`` atomically, then delete all but the newest ``keep`` up to this step.
 
     Args:
         tensors: groups; each becomes ``GROUP.safetensors``.
         state: what JSON can hold; ``step`` is added.
-        keep: checkpoints to keep, this one included. None: all.
+        keep: checkpoints to keep, this one included; those of later steps are left alone. None: all.
         extras: further files by name.
 
     Returns:
         the checkpoint's directory.
+
+    Raises:
+        OSError: the disk refuses it; the message says where and why.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1, or None to keep all, got {keep}.")
+    with writing(directory / f"step-{step:08d}"):
+        final = _write(directory, step, tensors, state, extras or {})
+        if keep is not None:
+            for old in [path for path in list_checkpoints(directory) if step_of(path) <= step][:-keep]:
+                shutil.rmtree(_move_aside(old), ignore_errors=True)
+    return final
+
+
+def _write(
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    extras: Mapping[str, bytes],
+) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -90,7 +110,7 @@ def save(
             # Views of one flat buffer share its storage, which the format does not hold: one copy per group.
             copies = {name: x.detach().cpu().clone() for name, x in members.items()}
             save_file(copies, temporary / f"{group}.safetensors")
-        for name, content in (extras or {}).items():
+        for name, content in extras.items():
             (temporary / name).write_bytes(content)
         (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1, sort_keys=True))
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
@@ -107,16 +127,18 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if keep is not None:
-        for old in list_checkpoints(directory)[:-keep]:
-            shutil.rmtree(_move_aside(old), ignore_errors=True)
     return final
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in ``directory``, oldest step first, good or damaged."""
     found = [p for p in directory.glob("step-*") if _STEP_NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(_STEP_NAME.fullmatch(p.name).group(1)))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def verify(path: Path) -> dict[str, Any]:

@@ -101,6 +101,7 @@ class DataParallelEngine:
         """One optimizer step over this rank's micro batches. Every rank brings equally many.
 
         Raises:
+            ValueError: the step holds no label, on every rank.
             FloatingPointError: the loss or the gradient is not finite, on every rank; parameters are as
             before.
         """
@@ -130,8 +131,8 @@ class DataParallelEngine:
         self.step_count += 1
         return StepResult(loss, grad_norm, lr, int(count))
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """The loss over held-out batches, equal on all ranks."""
+    def evaluate(self, batches: Sequence[Batch]) -> float | None:
+        """The loss over held-out batches, equal on all ranks; None where they hold no label."""
         self.model.eval()
         loss = evaluate(lambda b: self.model(b.tokens, b.cp), self.model.output_weight, batches, self.mesh)
         self.model.train()

@@ -24,6 +24,8 @@ from torch import Tensor
 from lasp.context import CPContext
 from lasp.layout import SequenceLayout
 
+_EXPECTED = {"rejected": ValueError, "refused by the system": OSError}  # their message is the whole story
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -143,7 +145,8 @@ class Mesh:
         Without this a failed save would leave the other ranks waiting in their next collective.
 
         Raises:
-            ValueError, RuntimeError: what ``work`` raised, on every rank.
+            ValueError, OSError, RuntimeError: what ``work`` raised, on every rank; any other error is a
+                RuntimeError on the other ranks.
         """
         if self.world_size == 1:
             return work()
@@ -154,14 +157,14 @@ class Mesh:
                 outcome = [("result", work())]
             except Exception as caught:
                 error = caught
-                kind = "rejected" if isinstance(caught, ValueError) else "failed"
-                outcome = [(kind, f"{caught}" if kind == "rejected" else f"{type(caught).__name__}: {caught}")]
+                kind = next((kind for kind, known in _EXPECTED.items() if isinstance(caught, known)), "failed")
+                outcome = [(kind, f"{caught}" if kind in _EXPECTED else f"{type(caught).__name__}: {caught}")]
         dist.broadcast_object_list(outcome, self.ranks[0], group=self.world_group)
         kind, value = outcome[0]
         if error is not None:
             raise error
-        if kind == "rejected":
-            raise ValueError(value)
+        if kind in _EXPECTED:
+            raise _EXPECTED[kind](value)
         if kind == "failed":
             raise RuntimeError(f"rank 0 failed: {value}")
         return value

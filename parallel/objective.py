@@ -76,9 +76,19 @@ def shift_labels(tokens_global: Tensor, layout: SequenceLayout, loss_mask: Tenso
 
 
 def count_labels(labels: Sequence[Tensor], mesh: Mesh) -> Tensor:
-    """Labels of the whole step: all micro batches of all ranks. A scalar on the device, at least 1."""
+    """Labels of the whole step: all micro batches of all ranks. A scalar on the device, at least 1.
+
+    Raises:
+        ValueError: there is none, on every rank: there is nothing to learn.
+    """
     count = sum((part != IGNORED).sum() for part in labels)
-    return mesh.sum(torch.as_tensor(count, dtype=torch.int64, device=mesh.device)).clamp(min=1)
+    count = mesh.sum(torch.as_tensor(count, dtype=torch.int64, device=mesh.device))
+    if not count.item():
+        raise ValueError(
+            "a training step must hold at least one label, got 0: no token of it has a next token in its document. "
+            "Use longer documents or data.join_documents=true."
+        )
+    return count
 
 
 def loss_share(hidden: Tensor, output_weight: Tensor, labels: Tensor, count: Tensor) -> Tensor:
@@ -94,8 +104,10 @@ def reduce_gradients(buffers: Iterable[Tensor], mesh: Mesh, bucket_elements: int
 
 
 @torch.no_grad()
-def evaluate(forward: Callable[[Batch], Tensor], output_weight: Tensor, batches: Iterable[Batch], mesh: Mesh) -> float:
-    """The loss over ``batches``, equal on all ranks and the same at every cp size.
+def evaluate(
+    forward: Callable[[Batch], Tensor], output_weight: Tensor, batches: Iterable[Batch], mesh: Mesh
+) -> float | None:
+    """The loss over ``batches``, equal on all ranks and the same at every cp size; None where no rank has a label.
 
     Args:
         forward: hidden states [B, T_local, dim] of a batch.
@@ -107,7 +119,7 @@ def evaluate(forward: Callable[[Batch], Tensor], output_weight: Tensor, batches:
         totals[0] += token_loss_sum(forward(batch), output_weight, batch.labels)
         totals[1] += (batch.labels != IGNORED).sum()
     loss, count = mesh.sum(totals).tolist()
-    return loss / max(count, 1.0)
+    return loss / count if count else None
 
 
 def token_loss_sum(hidden: Tensor, output_weight: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lasp.launch.data import DataPlan, PackedStream, Sequence, open_source, split_documents
-from lasp.launch.token_files import TokenFile, read_texts, stdlib_files, write_token_file
+from lasp.launch.token_files import TokenFile, list_files, read_texts, stdlib_files, write_token_file
 from lasp.launch.tokenizer import ByteTokenizer, load_tokenizer
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import TEXTS
@@ -70,7 +70,7 @@ def test_a_step_reads_the_same_tokens_on_every_mesh(ranks, prepared):
 
 def test_evaluation_reads_the_held_out_stream_once_at_most(prepared):
     stream = PackedStream(prepared, np.arange(4), None)
-    batches = DataPlan(64, 1).eval_batches(stream, 1000, Mesh.build())
+    batches, _ = DataPlan(64, 1).eval_batches(stream, 1000, Mesh.build())
     assert sum(batch.tokens.shape[1] for batch in batches) == stream.epoch_tokens
 
 
@@ -89,9 +89,9 @@ def test_unusable_data_is_refused_by_name(tmp_path, prepared):
     with pytest.raises(ValueError, match="lasp data prepare"):
         TokenFile(tmp_path / "absent")
     with pytest.raises(ValueError, match="does not exist"):
-        list(read_texts([tmp_path / "absent"]))
+        list_files([tmp_path / "absent"])
     with pytest.raises(ValueError, match=r"matches '\*\.rst'"):
-        list(read_texts([tmp_path], "*.rst"))
+        list_files([tmp_path], "*.rst")
     with pytest.raises(ValueError, match=r"model\.vocab_size is 100"):
         PackedStream(prepared, np.arange(3), 0, vocab_size=100).sequence(0, 20)
     with pytest.raises(ValueError, match="holds no token"):

@@ -18,13 +18,13 @@ PATTERN = "SLLL"
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    from lasp.launch.token_files import read_texts, write_token_file
+    from lasp.launch.token_files import list_files, read_texts, write_token_file
     from lasp.launch.tokenizer import load_tokenizer
 
     folder = tmp_path_factory.mktemp("verify")
     for i in range(12):
         (folder / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i + 1))
-    write_token_file(folder / "text", read_texts([folder], "*.txt"), load_tokenizer("bytes"))
+    write_token_file(folder / "text", read_texts(list_files([folder], "*.txt")), load_tokenizer("bytes"))
     settings = {
         "run_dir": str(folder / "run"),
         "steps": 1,

@@ -140,3 +140,9 @@ def test_another_model_is_refused_by_key_and_by_tensor(tmp_path):
         checkpoints.check_same_model(saved, {**CONFIG, "mixer": {"heads": 2, "decay": "fixed"}}, shapes)
     with pytest.raises(ValueError, match=r"tensor a is \(3, 4\) in the checkpoint and \(4, 4\) here"):
         checkpoints.check_same_model(saved, CONFIG, {**shapes, "a": (4, 4)})
+
+
+def test_the_checkpoint_just_written_is_never_deleted(tmp_path):
+    for step in (6, 2, 4):
+        checkpoints.save(tmp_path, step, {}, {}, keep=1)
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-00000004", "step-00000006"]

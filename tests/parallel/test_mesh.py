@@ -69,3 +69,17 @@ def _flags(group):
 
 def test_any_rank_can_stop_all(ranks):
     assert ranks.run(_flags, size=3) == [(True, False, 7)] * 3
+
+
+def _full_disk(group):
+    def work():
+        raise PermissionError(13, "Permission denied", "x")
+
+    try:
+        Mesh.build(2, 1, group).on_first(work)
+    except OSError as error:
+        return str(error)
+
+
+def test_a_refused_write_of_the_first_rank_is_everybodys(ranks):
+    assert ranks.run(_full_disk, size=2) == ["[Errno 13] Permission denied: 'x'"] * 2
