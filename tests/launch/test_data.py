@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -146,3 +148,12 @@ def test_the_standard_library_is_found_without_tests():
 def test_a_sequence_is_cut_as_the_layout_says(prepared):
     batch = DataPlan(12, 1, "zigzag").cut(Sequence(torch.arange(12), (0, 5, 12)), Mesh.build())
     assert batch.labels.tolist() == [[1, 2, 3, 4, -100, 6, 7, 8, 9, 10, 11, -100]]
+
+
+def test_held_out_sequences_that_measure_nothing_are_left_out_by_name(tmp_path):
+    file = write_token_file(tmp_path / "t", ["ab", "c"], ByteTokenizer())  # 3 and 2 tokens
+    eight = dataclasses.replace(Mesh.build(), cp_size=8)
+    batches, note = DataPlan(64, 1).eval_batches(PackedStream(file, np.arange(2), None), 4, eight)
+    assert not batches and note.startswith("1 of 1 held-out sequences left out: shorter than cp_size = 8")
+    batches, note = DataPlan(64, 1).eval_batches(PackedStream(file, np.arange(2), None), 4, Mesh.build())
+    assert len(batches) == 1 and note is None
