@@ -20,13 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lasp.launch.token_files import TokenFile, read_texts, stdlib_files, with_suffix, write_token_file
+from lasp.launch.token_files import STDLIB, TokenFile, read_texts, stdlib_files, with_suffix, write_token_file
 from lasp.launch.tokenizer import BYTES, Tokenizer, fingerprint
 from lasp.layout import SequenceLayout
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
-
-STDLIB = "stdlib"
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,9 @@ class PackedStream:
         self._file, self._documents, self._seed = file, documents[file.lengths[documents] > 0], seed
         self.epoch_tokens = int(file.lengths[self._documents].sum(dtype=np.int64))
         if self.epoch_tokens == 0:
-            raise ValueError(f"{file.prefix} holds no token in {len(documents)} documents. Prepare more text.")
+            raise ValueError(
+                f"{file.prefix} holds no token in {len(documents)} documents. Prepare files that hold text."
+            )
         self._epoch = lru_cache(maxsize=2)(self._order_epoch)
 
     def sequence(self, start: int, length: int) -> Sequence:
@@ -158,7 +158,9 @@ def split_documents(num_documents: int, eval_fraction: float) -> tuple[np.ndarra
         ValueError: too few documents to hold one out.
     """
     if num_documents < 1:
-        raise ValueError("the data holds no document. Prepare files that hold text.")
+        raise ValueError(
+            f"the data must hold at least one document, got {num_documents}. Prepare files that hold text."
+        )
     held_out = round(num_documents * eval_fraction)
     if eval_fraction > 0:
         held_out = max(1, held_out)

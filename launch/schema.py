@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,26 +22,34 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lasp.config import MixerConfig, ModelConfig
+from lasp.launch.token_files import STDLIB
 from lasp.launch.tokenizer import BYTES, load_tokenizer
+from lasp.parallel.files import reading
 
 ALIASES = {"cp": "cp_size", "dp": "dp_size", "tp": "tp_size", "pp": "pp_size"}
 
 
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"should be a number, got {value!r}.")
+def _path_of_a_run(value: Any) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError(f"must be the path of a folder, got {value!r}. Use one like runs/NAME.")
+    return Path(value)
+
+
+def _yes_no_or_path(value: Any) -> bool | str:
+    if not isinstance(value, (bool, str)) or value == "":
+        raise ValueError(f"must be true, false or the path of a checkpoint, got {value!r}. Set one of them.")
     return value
 
 
-Integer = Annotated[int, BeforeValidator(_refuse_bool)]
-Count = Annotated[Integer, Field(ge=1)]
+Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 MAX_LR, MAX_TIMEOUT_S = 1e6, 1e6  # beyond these a float32 step or a clock overflows
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class DataConfig(_Section):
@@ -56,9 +65,9 @@ class DataConfig(_Section):
         join_documents: treat each sequence as one document, whatever it was packed from.
     """
 
-    source: str = "stdlib"
+    source: str = STDLIB
     tokenizer: str = BYTES
-    seq_len: Annotated[Integer, Field(ge=2)] = 16384
+    seq_len: Annotated[int, Field(ge=2)] = 16384
     batch_size: Count = 1
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     join_documents: bool = False
@@ -69,8 +78,8 @@ class OptimizerConfig(_Section):
 
     lr: Annotated[Positive, Field(le=MAX_LR)] = 3e-3
     min_lr: NonNegative = 0.0
-    warmup_steps: Annotated[Integer, Field(ge=0)] = 0
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)  # YAML has lists, no tuples
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.1
     clip: Positive | None = 1.0
@@ -88,7 +97,7 @@ class CheckpointConfig(_Section):
 
     every: Count | None = None
     keep: Count | None = 2
-    resume: bool | str = True
+    resume: Annotated[bool | str, BeforeValidator(_yes_no_or_path)] = True
 
 
 class EvalConfig(_Section):
@@ -109,7 +118,7 @@ class LogConfig(_Section):
 
     every_s: NonNegative = 5.0
     tensorboard: bool = True
-    sample_tokens: Annotated[Integer, Field(ge=0)] = 200
+    sample_tokens: Annotated[int, Field(ge=0)] = 200
 
 
 class RunConfig(_Section):
@@ -126,8 +135,8 @@ class RunConfig(_Section):
         model: fields of ModelConfig, or ``preset`` with fields on top; vocab_size defaults to the tokenizer's.
     """
 
-    run_dir: Path
-    seed: Annotated[Integer, Field(ge=0, lt=2**63)] = 0
+    run_dir: Annotated[Path, BeforeValidator(_path_of_a_run)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     steps: Count
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     cp_size: Count = 1
@@ -179,11 +188,13 @@ class RunConfig(_Section):
             )
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(
-                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} must not exceed steps = {self.steps}."
+                f"optimizer.warmup_steps = {self.optimizer.warmup_steps} must not exceed steps = {self.steps}. "
+                "Shorten the warmup or raise steps."
             )
         if self.optimizer.min_lr > self.optimizer.lr:
             raise ValueError(
-                f"optimizer.min_lr = {self.optimizer.min_lr} must not exceed optimizer.lr = {self.optimizer.lr}."
+                f"optimizer.min_lr = {self.optimizer.min_lr} must not exceed optimizer.lr = {self.optimizer.lr}. "
+                "Lower the one or raise the other."
             )
         if self.data.batch_size % (self.dp_size or 1):
             raise ValueError(
@@ -201,23 +212,36 @@ class RunConfig(_Section):
         """Every value as JSON and YAML know it; :meth:`model_validate` takes it back."""
         return self.model_dump(mode="json")
 
+    def portable(self) -> dict[str, Any]:
+        """:meth:`plain` with absolute paths: what a run stores means the same in any working directory."""
+        values = self.plain()
+        data, checkpoint = values["data"], values["checkpoint"]
+        values["run_dir"] = os.path.abspath(values["run_dir"])
+        for key, word in (("source", STDLIB), ("tokenizer", BYTES)):
+            data[key] = data[key] if data[key] == word else os.path.abspath(data[key])
+        if isinstance(checkpoint["resume"], str):
+            checkpoint["resume"] = os.path.abspath(checkpoint["resume"])
+        return values
+
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """A YAML file with ``key=value`` overrides on top; keys are dotted, values are YAML.
 
     Raises:
         ValueError: naming the file or override, the key, the rule and the value.
+        OSError: the file cannot be read.
     """
-    if Path(path).is_dir():
-        raise ValueError(f"configuration {path} is a directory. Name a YAML file, like {path}/config.yaml.")
-    if not Path(path).is_file():
-        raise ValueError(f"configuration {path} does not exist.")
-    try:
-        values = yaml.load(Path(path).read_text(), _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    with reading(path):
+        if Path(path).is_dir():
+            raise ValueError(f"configuration {path} is a directory. Name a YAML file, like {path}/config.yaml.")
+        if not Path(path).exists():
+            raise ValueError(f"configuration {path} does not exist. Name a YAML file, like configs/quickstart.yaml.")
+        text = Path(path).read_text(encoding="utf-8")
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of keys, got {type(values).__name__}.")
+        raise ValueError(
+            f"{path} must hold a mapping of keys, got {type(values).__name__}. Write lines like `steps: 100`."
+        )
     _check_keys(values, str(path))
     for text in overrides:
         _apply_override(values, text)
@@ -237,15 +261,19 @@ def checked(values: Mapping[str, Any], source: str) -> RunConfig:
         raise ValueError(f"{source}: " + "\n  ".join(lines)) from error
 
 
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}. Mend what it names.") from error
+
+
 def _apply_override(values: dict[str, Any], text: str) -> None:
     """Set one dotted key. A named preset on the way becomes a mapping, so that its fields can be set."""
     key, equals, value_text = text.partition("=")
     if not equals or not key:
         raise ValueError(f"override {text!r} must have the form key=value, like optimizer.lr=1e-3.")
-    try:
-        value = yaml.load(value_text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"override {text!r}: the value is not valid YAML: {error}") from error
+    value = _parse(value_text, f"override {text!r}")
     *sections, last = ALIASES.get(key, key).split(".")
     _check_keys(_nest([*sections, last], value), f"override {text!r}")
     at = values
@@ -301,23 +329,25 @@ def _describe(problem: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if problem["type"] == "missing":
-        return f"{key} is required."
+        return f"{key} is required. Set {key}."
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key} {message}, got {problem['input']!r}."
+    value = problem["input"]
+    quoted = isinstance(value, str) and problem["type"] in ("int_type", "float_type", "bool_type")
+    remedy = " Leave out the quotes." if quoted and re.fullmatch(r"[-+.\deE]+|true|false", value) else ""
+    return f"{key} {message}, got {value!r}.{remedy}"
 
 
 class _Loader(yaml.SafeLoader):
     """YAML that refuses repeated keys, of which the last would win, and reads 1e-3 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
         seen: list[Any] = []
-        for key, _ in node.value:
+        for key, _ in node.value:  # before `<<` is merged into it, whose keys may be given again
             if key.value in seen:
                 raise yaml.YAMLError(f"key {key.value!r} is given twice, again in line {key.start_mark.line + 1}")
             seen.append(key.value)
-        return mapping
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

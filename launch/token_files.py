@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from lasp.launch.tokenizer import Tokenizer, fingerprint
-from lasp.parallel.files import writing
+from lasp.parallel.files import reading, writing
 
+STDLIB = "stdlib"  # as data.source: the running interpreter's standard library
 _SUFFIXES = (".bin", ".idx", ".json")
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {
@@ -42,6 +43,7 @@ class TokenFile:
     """A prepared data set, mapped into memory: ``len(file)`` documents, ``file.document(i)`` its tokens."""
 
     def __init__(self, prefix: str | Path):
+        _check_prefix(prefix, "data.source")
         self.prefix = Path(prefix)
         index, tokens = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (index, tokens):
@@ -63,7 +65,8 @@ class TokenFile:
                 raise ValueError(
                     f"{tokens} is truncated: {size} bytes, {index.name} says {end}. Prepare the data again."
                 )
-        self._bytes = np.memmap(tokens, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
+        with reading(tokens):
+            self._bytes = np.memmap(tokens, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
         info = with_suffix(prefix, ".json")
         self.info: dict = _read_info(info) if info.is_file() else {}
 
@@ -80,7 +83,10 @@ class TokenFile:
         length = int(self.lengths[index])
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
-            raise ValueError(f"[{start}, {stop}) is not inside document {index} of {length} tokens.")
+            raise ValueError(
+                f"[start, stop) must lie inside document {index} of {length} tokens, got [{start}, {stop}). Ask "
+                "for less."
+            )
         size = self._dtype.itemsize
         begin = int(self._offsets[index]) + start * size
         return self._bytes[begin : begin + (stop - start) * size].view(self._dtype).astype(np.int64)
@@ -90,9 +96,10 @@ def write_token_file(prefix: str | Path, texts: Iterable[str], tokenizer: Tokeni
     """Tokenize documents into ``prefix``.bin/.idx/.json. Files appear whole or not at all.
 
     Raises:
-        ValueError: no document holds any text.
+        ValueError: no document holds any text; ``prefix`` is a folder.
         OSError: the files cannot be written.
     """
+    _check_prefix(prefix, "prefix")
     with writing(prefix):
         _write_files(Path(prefix), texts, tokenizer)
     return TokenFile(prefix)
@@ -110,7 +117,9 @@ def _write_files(prefix: Path, texts: Iterable[str], tokenizer: Tokenizer) -> No
                     continue
                 ids = np.asarray([*tokenizer.encode(text), tokenizer.eos], dtype)
                 if len(ids) >= 2**31:
-                    raise ValueError(f"document {len(lengths)} has {len(ids)} tokens; the format holds < 2^31.")
+                    raise ValueError(
+                        f"a document must have fewer than 2^31 tokens, got {len(ids)} in number {len(lengths)}. Cut it."
+                    )
                 tokens.write(ids.tobytes())
                 lengths.append(len(ids))
         if not lengths:
@@ -137,24 +146,27 @@ def list_files(inputs: Iterable[str | Path], pattern: str = "*") -> list[Path]:
     """Named files, and those below named folders whose name matches, in sorted order.
 
     Raises:
-        ValueError: an input that does not exist; no file at all.
+        ValueError: an input that does not exist; no file at all; a pattern that is none.
     """
+    if not pattern or Path(pattern).is_absolute():
+        raise ValueError(f"--glob must be a pattern below the named folders, like '*.txt', got {pattern!r}. Change it.")
     files: list[Path] = []
     for path in map(Path, inputs):
         if not path.exists():
-            raise ValueError(f"input {path} does not exist.")
+            raise ValueError(f"input {path} does not exist. Name files, or folders that hold some.")
         files += sorted(p for p in path.rglob(pattern) if p.is_file()) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"no file to read: no input holds a file that matches {pattern!r}.")
+        raise ValueError(f"no file to read: no input holds a file that matches {pattern!r}. Change --glob.")
     return files
 
 
 def check_output(prefix: str | Path, files: Iterable[Path]) -> None:
-    """Refuse an output that is one of the inputs.
+    """Refuse an output that is a folder, or one of the inputs.
 
     Raises:
         ValueError: naming the file.
     """
+    _check_prefix(prefix, "--output")
     outputs = {with_suffix(prefix, suffix).resolve() for suffix in _SUFFIXES}
     for file in files:
         if file.resolve() in outputs:
@@ -168,13 +180,12 @@ def read_texts(files: Iterable[Path]) -> Iterator[str]:
     """The text of each file.
 
     Raises:
-        ValueError: a file that cannot be read.
+        OSError: a file that cannot be read.
     """
     for file in files:
-        try:
-            yield file.read_text(encoding="utf-8", errors="surrogateescape")
-        except OSError as error:
-            raise ValueError(f"input {file} cannot be read: {error.strerror or error}.") from error
+        with reading(file):
+            text = file.read_text(encoding="utf-8", errors="surrogateescape")
+        yield text
 
 
 def stdlib_files() -> list[Path]:
@@ -192,6 +203,14 @@ def with_suffix(prefix: str | Path, suffix: str) -> Path:
     return Path(f"{prefix}{suffix}")
 
 
+def _check_prefix(prefix: str | Path, argument: str) -> None:
+    if str(prefix).endswith("/") or Path(prefix).name in ("", ".."):
+        raise ValueError(
+            f"{argument} must end with the name that its files share, got the folder {str(prefix)!r}. "
+            f"Use {Path(prefix) / 'NAME'}: its files are NAME.bin, NAME.idx and NAME.json."
+        )
+
+
 def _write_index(path: Path, lengths: list[int], dtype: np.dtype) -> None:
     sizes = np.asarray(lengths, np.int64) * dtype.itemsize
     with path.open("wb") as file:
@@ -205,7 +224,8 @@ def _write_index(path: Path, lengths: list[int], dtype: np.dtype) -> None:
 def _read_info(path: Path) -> dict:
     """What PREFIX.json says."""
     try:
-        info = json.loads(path.read_text())
+        with reading(path):
+            info = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Prepare the data again.") from error
     if not isinstance(info, dict):
@@ -215,15 +235,23 @@ def _read_info(path: Path) -> dict:
 
 def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype]:
     """Document lengths in tokens, their byte offsets, and the token dtype."""
-    content = path.read_bytes()
+    with reading(path):
+        content = path.read_bytes()
     head = struct.calcsize("<9sQBQQ")
     if len(content) < head or not content.startswith(_MAGIC):
-        raise ValueError(f"{path} is not a Megatron index file: it does not start with {_MAGIC!r}.")
+        raise ValueError(
+            f"{path} is not a Megatron index file: it does not start with {_MAGIC!r}. Prepare the data again."
+        )
     _, version, code, sequences, marks = struct.unpack("<9sQBQQ", content[:head])
     if version != 1 or code not in _DTYPES:
-        raise ValueError(f"{path} has version {version}, dtype code {code}; expected 1 and one of {list(_DTYPES)}.")
+        raise ValueError(
+            f"{path} must have version 1 and a dtype code of {list(_DTYPES)}, got {version} and {code}. Prepare the "
+            "data again."
+        )
     if len(content) < head + 12 * sequences + 8 * marks:
-        raise ValueError(f"{path} is truncated: {len(content)} bytes for {sequences} sequences.")
+        raise ValueError(
+            f"{path} is truncated: {len(content)} bytes for {sequences} sequences. Prepare the data again."
+        )
     lengths = np.frombuffer(content, "<i4", sequences, head)
     offsets = np.frombuffer(content, "<i8", sequences, head + 4 * sequences)
     return lengths, offsets, np.dtype(_DTYPES[code])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Protocol
+
+from lasp.parallel.files import reading
 
 BYTES = "bytes"
 _END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")
@@ -65,7 +68,9 @@ class FileTokenizer:
         try:
             self._backend = Backend.from_str(content.decode())
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{name} is not a Hugging Face tokenizers JSON file: {error}") from error
+            raise ValueError(
+                f"{name} is not a Hugging Face tokenizers JSON file: {error}. Use {BYTES}, or a file that they saved."
+            ) from error
         self.name, self._content = name, content
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
         ends = [i for token in _END_TOKENS if (i := self._backend.token_to_id(token)) is not None]
@@ -106,6 +111,10 @@ def load_tokenizer(name: str, content: bytes | None = None) -> Tokenizer:
         return ByteTokenizer()
     if content is None:
         if not Path(name).is_file():
-            raise ValueError(f"tokenizer must be {BYTES!r} or a tokenizer JSON file; {name!r} is no file.")
-        content = Path(name).read_bytes()
+            raise ValueError(
+                f"tokenizer must be {BYTES!r} or a tokenizer JSON file; {name!r} is no file. Name one that exists."
+            )
+        with reading(name):
+            content = Path(name).read_bytes()
+        name = os.path.abspath(name)  # data and checkpoints keep it: it must mean the same in any working directory
     return FileTokenizer(name, content)

@@ -1,4 +1,4 @@
-"""Files that cannot be written end a run with one sentence."""
+"""Files that cannot be read or written end a run with one sentence."""
 
 from __future__ import annotations
 
@@ -8,24 +8,37 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-_PREFIX = "cannot write"
+
+def reading(path: str | Path):
+    """A context in which a failure to read ``path`` says what and why."""
+    return _one_sentence("cannot read", path, "Name a file that can be read.")
+
+
+def writing(path: str | Path):
+    """A context in which a failure to write ``path`` says what and why."""
+    return _one_sentence("cannot write", path, "Free the disk or name a folder that can be written.")
+
+
+def explained(error: Exception) -> str:
+    """What the error says; an OSError that nobody worded without Python's number and quotes."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"cannot use {error.filename}: {error.strerror}. Name a path that exists and can be used."
+    return str(error)
 
 
 @contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Failures to write while the block runs say what and why.
-
-    Args:
-        path: what the block writes; the error's own file name is more exact where it has one.
+def _one_sentence(failure: str, path: str | Path, remedy: str) -> Iterator[None]:
+    """Reword what the block raises; the error's own file name is more exact than ``path`` where it has one.
 
     Raises:
-        OSError: ``cannot write PATH: reason``.
+        OSError: ``FAILURE PATH: reason. REMEDY``.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if str(error).startswith(_PREFIX):
+    except (OSError, SafetensorError, UnicodeDecodeError) as error:
+        if str(error).startswith(("cannot read", "cannot write")):
             raise
         name = getattr(error, "filename", None) or path
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{_PREFIX} {name}: {reason}") from error
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason
+        raise OSError(f"{failure} {name}: {reason}. {remedy}") from error

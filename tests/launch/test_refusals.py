@@ -36,11 +36,32 @@ def test_preparation_reads_no_output_of_its_own(monkeypatch, capsys, tmp_path):
     assert _run(monkeypatch, capsys, *arguments)[0] == 0
 
 
+@pytest.mark.parametrize("folder", ["out/", ".", ".."])
+def test_the_output_of_preparation_is_no_folder(monkeypatch, capsys, tmp_path, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text")
+    code, err = _run(monkeypatch, capsys, "data", "prepare", "a.txt", "--output", folder)
+    assert code == 1 and f"--output must end with the name that its files share, got the folder '{folder}'" in err
+    assert "/NAME: its files are" in err or "Use NAME: its files are" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    with pytest.raises(ValueError, match=r"data\.source must end with the name"):
+        TokenFile(folder)
+
+
+@pytest.mark.parametrize("pattern", ["", "/etc/*"])
+def test_a_pattern_that_python_refuses_is_refused_by_name(monkeypatch, capsys, tmp_path, pattern):
+    arguments = ["data", "prepare", tmp_path, "--output", tmp_path / "x", "--glob", pattern]
+    code, err = _run(monkeypatch, capsys, *arguments)
+    assert code == 1 and err.startswith("error: --glob must be a pattern below the named folders"), err
+
+
 def test_what_cannot_be_written_is_one_message(monkeypatch, capsys, tmp_path):
     path = tiny_yaml(tmp_path)
     (tmp_path / "run").write_text("a file")
     code, err = _run(monkeypatch, capsys, "train", path)
-    assert code == 1 and re.fullmatch(r"error: cannot write \S*run: File exists\n", err), err
+    assert code == 1 and re.fullmatch(
+        r"error: cannot write \S*run: File exists\. Free the disk or name a folder .*\n", err
+    ), err
     (tmp_path / "a.txt").write_text("text")
     code, err = _run(monkeypatch, capsys, "data", "prepare", tmp_path / "a.txt", "--output", tmp_path / "run" / "x")
     assert code == 1 and err.startswith("error: cannot write ") and "Traceback" not in err, err

@@ -31,9 +31,21 @@ WRONG = {
     "model.mixer.head=3": "unknown key model.mixer.head. Did you mean model.mixer.heads?",
     "stepz=3": "unknown key stepz. Did you mean steps? Keys at the top: run_dir,",
     "steps=abc": "steps should be a valid integer",
-    "steps=true": "steps: should be a number, got True",
+    "steps=true": "steps should be a valid integer, got True.",
     "steps=0": "steps should be greater than or equal to 1, got 0",
     "optimizer.lr=-1": "optimizer.lr should be greater than 0, got -1",
+    "data.seq_len='16'": "data.seq_len should be a valid integer, got '16'. Leave out the quotes.",
+    "steps='6'": "steps should be a valid integer, got '6'. Leave out the quotes.",
+    "eval.every='2'": "eval.every should be a valid integer, got '2'. Leave out the quotes.",
+    "log.tensorboard='true'": "log.tensorboard should be a valid boolean, got 'true'. Leave out the quotes.",
+    "checkpoint.keep=2.0": "checkpoint.keep should be a valid integer, got 2.0.",
+    "optimizer.betas=[0.9, '0.95']": "optimizer.betas.1 should be a valid number, got '0.95'. Leave out the quotes.",
+    "optimizer.lr='1e-3'": "optimizer.lr should be a valid number, got '1e-3'. Leave out the quotes.",
+    "model.dim='16'": "dim must be int, got '16'",
+    "data.source=5": "data.source should be a valid string, got 5.",
+    "run_dir=5": "run_dir: must be the path of a folder, got 5. Use one like runs/NAME.",
+    "checkpoint.resume=5": "checkpoint.resume: must be true, false or the path of a checkpoint, got 5. Set one of",
+    "seed=2001-99-99": "override 'seed=2001-99-99' is not valid YAML: month must be in 1..12. Mend what it names.",
     "dtype=float16": "dtype should be 'float32', 'bfloat16' or 'float64', got 'float16'",
     "model.dim=wide": "dim must be int, got 'wide'",
     "model.heads=3": "heads must divide dim",
@@ -73,5 +85,27 @@ def test_faults_of_the_file_name_the_file(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             load_config(path)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match=r"does not exist\. Name a YAML file"):
         load_config(tmp_path / "none.yaml")
+    path.write_bytes(b"steps: \xff")
+    with pytest.raises(OSError, match=r"cannot read .*broken\.yaml: it is not UTF-8 text\. Name a file"):
+        load_config(path)
+    with pytest.raises(OSError, match=r"cannot read .*: File name too long\. Name a file"):
+        load_config(tmp_path / ("x" * 300))
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path):
+    path = tiny_yaml(tmp_path)
+    text = path.read_text().replace("eval:\n", "eval:\n  <<: {every: 9, sequences: 9}\n", 1)
+    path.write_text(text)
+    assert "<<" in text and load_config(path).eval.every == 3
+
+
+def test_what_a_run_stores_means_the_same_in_any_directory(tmp_path, monkeypatch):
+    path = tiny_yaml(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    stored = load_config(path, ["run_dir=run", "data.source=text", "checkpoint.resume=run"]).portable()
+    assert stored["run_dir"] == stored["checkpoint"]["resume"] == str(tmp_path / "run")
+    assert stored["data"]["source"] == str(tmp_path / "text") and stored["data"]["tokenizer"] == "bytes"
+    stored = load_config(path, ["data.source=stdlib", "checkpoint.resume=false"]).portable()
+    assert stored["data"]["source"] == "stdlib" and stored["checkpoint"]["resume"] is False
