@@ -82,17 +82,17 @@ class TileShape:
         later = (segments[:, None] == segments[None, :]) & (order[None, :] > order[:, None])
         self.later = later.float().to(device)
 
-    def route(self, reads: str, *, entries: bool, reverse: bool = False) -> Route:
-        """How states reach ``reads`` from the tile's sources.
-
-        Forward sources, in order: the state carried into the tile (if ``enters``), the entry states of the segments
-        begun here (if ``entries``), what each chunk adds. In reverse: the gradient carried in from later tiles (if
-        ``leaves``), the exit gradients of the segments ended here (if ``entries``), what each chunk adds.
+    def route(self, reads: str, *, entries: bool = False, reverse: bool = False) -> Route:
+        """How states reach ``reads`` from what each chunk adds, or from entry states.
 
         Args:
             reads: ``in`` (state before each chunk), ``out`` (after each chunk), ``exit`` (after each segment ended
                 here, then the state carried out if ``leaves``), ``begin`` (before each segment begun here, then the
                 gradient carried out to earlier tiles if ``enters``).
+            entries: the sources are, not what each chunk adds, but the state that runs into the tile (if ``enters``)
+                and the entry states of the segments begun here.
+            reverse: gradients, which travel the other way: what each chunk adds before it; with ``entries`` the
+                gradient that runs in from later tiles (if ``leaves``) and those of the segments ended here.
         """
         key = (reads, entries, reverse)
         if key not in self._routes:
@@ -106,9 +106,9 @@ class TileShape:
         before, after = list(enumerate(ids)), [(j + 1, s) for j, s in enumerate(ids)]
         wanted = {"in": before, "out": after, "exit": end + carried_out, "begin": begin + carried_in}[reads]
         if reverse:
-            sources = carried_out + (end if entries else []) + before
+            sources = carried_out + end if entries else before
         else:
-            sources = carried_in + (begin if entries else []) + after
+            sources = carried_in + begin if entries else after
         reached = [[float(s == t and (q >= p if reverse else q <= p)) for q, t in sources] for p, s in wanted]
         return Route(
             torch.tensor([p for p, _ in wanted], dtype=torch.int64, device=self.device),

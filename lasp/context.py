@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -84,6 +84,12 @@ class CPContext:
         self.tape = None
         self._made = {}
         return self
+
+    @staticmethod
+    @lru_cache(maxsize=16)
+    def whole(length: int) -> CPContext:
+        """The context of calls that pass none: one device, one document per row. Kept for the lengths last seen."""
+        return CPContext.local(length)
 
     @property
     def num_tokens(self) -> int:

@@ -57,7 +57,7 @@ def short_convolution(
         ValueError: shapes, dtypes or devices do not fit each other or the context; unknown activation.
     """
     _check_convolution(x, weight, bias, activation)
-    cp = CPContext.local(x.shape[1]) if cp is None else cp
+    cp = CPContext.whole(x.shape[1]) if cp is None else cp
     cp.check_tokens("x", x)
     return _ShortConvolution.apply(x, weight, bias, activation, cp)
 

@@ -64,7 +64,7 @@ def linear_attention(
         ValueError: shapes, dtypes, devices or options that do not fit; ``g > 0`` (on CUDA: an asynchronous assert).
     """
     _check_tensors(q=q, k=k, v=v, g=g, initial_state=initial_state)
-    cp = CPContext.local(q.shape[1]) if cp is None else cp
+    cp = CPContext.whole(q.shape[1]) if cp is None else cp
     _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_state, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "reference":
@@ -90,16 +90,18 @@ class _LinearAttention(torch.autograd.Function):
         fixed = None if g is None or g.dim() > 1 else g.repeat_interleave(op.num_heads // g.shape[0])
 
         replaying = cp.tape is not None and cp.tape.replaying  # activations made again: the states are at hand
-        maps = op.state_maps()
+        alone = cp.cp_size == 1 or replaying  # no message to overlap: fewer passes
+        maps = op.state_maps(local=alone)
         if not replaying:
             exchange.start(_with_initial(maps, plan, initial), fixed)
-        op.local()
+        if not alone:
+            op.local()
         entry, finals = cp.tape.read() if replaying else exchange.wait(initial)
         if cp.tape is not None and not replaying:
             cp.tape.record(entry, finals)
         if not causal:
             entry = _document_totals(entry, maps.state, plan.before, cp)
-        o = op.finish(entry)
+        o = op.finish(entry, _marked(plan.before, plan.begins if initial is not None else (), causal))
 
         ctx.exchange, ctx.options = exchange, (causal, scale)
         ctx.save_for_backward(q, k, v, g, maps.state, maps.log_decay, entry, op.carries, op.before)
@@ -116,21 +118,31 @@ class _LinearAttention(torch.autograd.Function):
         exits = state if entry is None or not causal else transition(maps, entry) + state
         d_final = None if d_final is None else _by_document(d_final, cp, state.dtype)
         saved = {"carries": carries, "before": before, "entry": entry, "exits": exits, "do": do}
+        saved["needs_dg"] = ctx.needs_input_grad[3]
         op = Backward(q, k, v, g, cp.segment_table(q.device), causal, scale, **saved)
 
-        grads = op.state_maps()
+        grads = op.state_maps(local=cp.cp_size == 1)
         exchange.start_backward(grads, d_final)
-        op.local()
+        if cp.cp_size > 1:
+            op.local()
         d_exit = exchange.wait_backward()
         if not causal:
             d_exit = _document_totals(d_exit, grads, plan.after, cp)
-        dq, dk, dv, dg = op.finish(d_exit, needs_dg=ctx.needs_input_grad[3])
+        reached = _marked(plan.after, plan.ends if d_final is not None else (), causal)
+        dq, dk, dv, dg = op.finish(d_exit, reached)
 
         d_initial = None
         if ctx.needs_input_grad[4]:
             d_entry = grads if d_exit is None else transition(maps.transpose(), d_exit) + grads
             d_initial = _initial_grad(d_entry, plan, cp, d_final).to(ctx.initial_dtype)
         return dq, dk, dv, dg, d_initial, None, None, None, None
+
+
+def _marked(slots: tuple[tuple, ...], edges: tuple[bool, ...], causal: bool) -> list[bool] | None:
+    """Which own segments something arrives at: from other segments, or from outside at the document's edge."""
+    if not causal:
+        return None  # every segment reads its whole document
+    return [bool(s) or edge for s, edge in zip(slots, edges or (False,) * len(slots), strict=True)]
 
 
 def _document_totals(arrived: Tensor | None, own: Tensor, slots: tuple[tuple, ...], cp: CPContext) -> Tensor:

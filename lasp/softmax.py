@@ -68,7 +68,7 @@ def softmax_attention(
             without ``causal``; an unknown exchange.
     """
     _check(q, k, v, causal, window, scale, exchange)
-    cp = CPContext.local(q.shape[1]) if cp is None else cp
+    cp = CPContext.whole(q.shape[1]) if cp is None else cp
     cp.check_tokens("q", q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if window is not None:
