@@ -1,11 +1,11 @@
 """Ranks on this machine: start them, show the one error that matters, leave nobody behind.
 
-    lasp train CONFIG --cp 4      starts four times      python -m lasp.launch.local WORK_DIR
+    lasp train CONFIG --cp 4      starts four times      python -m lasp.launch.local
 
 Each child finds the environment that torchrun would give it, so it cannot tell the difference. The launcher
-hosts the store on the loopback address: it outlives every rank, which lets the others say who died. A child
-that fails leaves its error in WORK_DIR with the time; the earliest is the cause and is shown, the rest are
-its victims. A child whose launcher is gone ends itself.
+hosts the store on the loopback address: it outlives every rank, which lets the others say who died. The
+store hands out the task, and a child that fails leaves its error there with the time: the earliest is the
+cause and is shown, the rest are its victims. A child whose launcher is gone ends itself.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-from lasp.launch.schema import RunConfig
+from torch.distributed import TCPStore
 
+from lasp.launch.rendezvous import Job
+from lasp.launch.schema import RunConfig
+from lasp.parallel.files import explained
+
+TRAIN = "lasp.launch.train:train"
+_TASK, _ERROR = "lasp/task", "lasp/error/{rank}"  # keys of the store
+_STORE_TIMEOUT = timedelta(seconds=60)
 _GRACE_S = 6.0  # for the other ranks to end by themselves after one has failed
 _EXPECTED = (ValueError, FloatingPointError, OSError)  # errors whose message is the whole story
 
@@ -39,9 +43,6 @@ class RankFailure(RuntimeError):
         self.details = details
 
 
-TRAIN = "lasp.launch.train:train"
-
-
 def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments: str) -> None:
     """Run ``work(config, **arguments)`` on ``num_ranks`` processes of this machine; returns when all have succeeded.
 
@@ -51,28 +52,24 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
     Raises:
         RankFailure: a rank failed; the others have been ended.
     """
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    with tempfile.TemporaryDirectory(prefix="lasp-local-") as work_dir:
-        task = {"config": config.plain(), "work": work, "arguments": arguments}
-        (Path(work_dir) / "task.json").write_text(json.dumps(task))
-        command = [sys.executable, "-m", "lasp.launch.local", work_dir]
-        ranks: list[subprocess.Popen] = []
-        try:
-            with _forwarded_signals(ranks) as signals:
-                for rank in range(num_ranks):
-                    environment = {**os.environ, **_environment(rank, num_ranks, store.port)}
-                    ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
-                codes = _wait(ranks)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        if any(codes) and signals.count:
-            raise RankFailure("interrupted; not every rank could save its place.")
-        if any(codes):
-            raise _explain(codes, Path(work_dir))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+    store.set(_TASK, json.dumps({"config": config.plain(), "work": work, "arguments": arguments}))
+    command = [sys.executable, "-m", "lasp.launch.local"]
+    ranks: list[subprocess.Popen] = []
+    try:
+        with _forwarded_signals(ranks) as signals:
+            for rank in range(num_ranks):
+                environment = {**os.environ, **_environment(rank, num_ranks, store.port)}
+                ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+            codes = _wait(ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    if any(codes) and signals.count:
+        raise RankFailure("interrupted; not every rank could save its place.")
+    if any(codes):
+        raise _explain(codes, store)
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
@@ -106,7 +103,7 @@ def _wait(ranks: list[subprocess.Popen]) -> list[int | None]:
     return [process.poll() for process in ranks]
 
 
-def _explain(codes: list[int | None], work_dir: Path) -> RankFailure:
+def _explain(codes: list[int | None], store: TCPStore) -> RankFailure:
     """The cause: a rank that was killed, else the earliest error that a rank reported.
 
     An abort is not a cause: a collective aborts when another rank goes away.
@@ -119,7 +116,8 @@ def _explain(codes: list[int | None], work_dir: Path) -> RankFailure:
         return RankFailure(
             f"rank {rank} was killed by {signal.Signals(number).name}{hint}; the other ranks were ended."
         )
-    reports = [json.loads(path.read_text()) for path in work_dir.glob("rank-*.json")]
+    keys = [_ERROR.format(rank=rank) for rank in range(len(codes))]
+    reports = [json.loads(store.get(key)) for key in keys if store.check([key])]
     if not reports:
         rank, code = failed[0]
         return RankFailure(f"rank {rank} ended with exit code {code} and left no report; see its output above.")
@@ -151,17 +149,6 @@ class _forwarded_signals:
                 process.send_signal(signal.SIGTERM if self.count == 1 else signal.SIGKILL)
 
 
-@dataclass(frozen=True)
-class _Report:
-    """What a failed rank leaves for the launcher."""
-
-    rank: int
-    time: float
-    expected: bool
-    message: str
-    traceback: str
-
-
 def _end_with_launcher(launcher: int) -> None:
     """End this process when the launcher is gone, even in the middle of a collective."""
 
@@ -173,24 +160,30 @@ def _end_with_launcher(launcher: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _child(work_dir: Path) -> None:
+def _child() -> None:
     _end_with_launcher(os.getppid())
-    rank = int(os.environ["RANK"])
+    job = Job.from_environment()
+    store = job.store(_STORE_TIMEOUT)
     try:
-        task = json.loads((work_dir / "task.json").read_text())
+        task = json.loads(store.get(_TASK))
         module, _, function = task["work"].partition(":")
         work = getattr(importlib.import_module(module), function)
         work(RunConfig.model_validate(task["config"]), **task["arguments"])
     except BaseException as error:
         expected = isinstance(error, _EXPECTED)
-        message = str(error) if expected else f"{type(error).__name__}: {error}"
-        report = _Report(rank, time.time(), expected, message, traceback.format_exc())
-        partial = work_dir / f".rank-{rank}"
-        partial.write_text(json.dumps(report.__dict__))
-        partial.rename(work_dir / f"rank-{rank}.json")
-        sys.stdout.flush()
-        os._exit(1)  # an orderly end could wait for ranks that are gone
+        report = {
+            "rank": job.rank,
+            "time": time.time(),
+            "expected": expected,
+            "message": explained(error) if expected else f"{type(error).__name__}: {error}",
+            "traceback": traceback.format_exc(),
+        }
+        try:
+            store.set(_ERROR.format(rank=job.rank), json.dumps(report))
+            sys.stdout.flush()
+        finally:
+            os._exit(1)  # an orderly end could wait for ranks that are gone
 
 
 if __name__ == "__main__":
-    _child(Path(sys.argv[1]))
+    _child()

@@ -44,21 +44,38 @@ class Job:
         """
         if "RANK" not in environment or "WORLD_SIZE" not in environment:
             return None
-        world_size = int(environment["WORLD_SIZE"])
+
+        def number(name: str, default: int) -> int:
+            text = environment.get(name, str(default))
+            if not text.isdecimal():
+                raise ValueError(
+                    f"{name} must be a whole number in the environment of a job, got {text!r}. Start with torchrun, or "
+                    "unset RANK and WORLD_SIZE to run alone."
+                )
+            return int(text)
+
+        rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
         if world_size > 1 and "MASTER_PORT" not in environment:
             raise ValueError(
                 "RANK and WORLD_SIZE are set but MASTER_PORT is not. Start with torchrun, or unset both to run alone."
             )
         return cls(
-            rank=int(environment["RANK"]),
+            rank=rank,
             world_size=world_size,
-            local_rank=int(environment.get("LOCAL_RANK", environment["RANK"])),
-            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", world_size)),
+            local_rank=number("LOCAL_RANK", rank),
+            local_world_size=number("LOCAL_WORLD_SIZE", world_size),
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
-            port=int(environment.get("MASTER_PORT", 0)),
+            port=number("MASTER_PORT", 0),
             agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            attempt=number("TORCHELASTIC_RESTART_COUNT", 0),
         )
+
+    def store(self, timeout: timedelta) -> dist.TCPStore | None:
+        """Keys and values that all ranks see; the launcher's outlives a restart. None for a process that runs alone."""
+        if self.world_size == 1 and not self.agent_store:
+            return None
+        is_host = self.rank == 0 and not self.agent_store
+        return dist.TCPStore(self.address, self.port, self.world_size, is_host, timeout=timeout, wait_for_workers=False)
 
 
 def choose_device(device: str, job: Job) -> torch.device:
@@ -79,15 +96,14 @@ def choose_device(device: str, job: Job) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(job: Job, device: torch.device, timeout: timedelta) -> Iterator[None]:
-    """The default process group of the job while the block runs. A job of one rank gets none."""
+def process_group(job: Job, device: torch.device, timeout: timedelta) -> Iterator[dist.TCPStore | None]:
+    """The default process group of the job while the block runs; a job of one rank gets none. Gives the job's store."""
+    store = job.store(timeout)
     if job.world_size == 1:
-        yield
+        yield store
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    is_host = job.rank == 0 and not job.agent_store
-    store = dist.TCPStore(job.address, job.port, job.world_size, is_host, timeout=timeout, wait_for_workers=False)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore(f"lasp/attempt{job.attempt}", store),
@@ -95,5 +111,5 @@ def process_group(job: Job, device: torch.device, timeout: timedelta) -> Iterato
         world_size=job.world_size,
         timeout=timeout,
     )
-    yield  # after a failure the process ends; tearing the group down could wait for ranks that are gone
+    yield store  # after a failure the process ends; tearing the group down could wait for ranks that are gone
     dist.destroy_process_group()

@@ -1,31 +1,83 @@
 """What a run finds in its directory: results that it continues stay, all others are moved aside.
 
 run_dir/config.yaml, checkpoints/, metrics.jsonl, tensorboard/      of the run that is going on
+run_dir/.lock                                                       held by it, so that there is one
 run_dir/previous-N/                                                 what it did not continue
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from torch.distributed import Store
 
 from lasp.launch.report import METRICS
 from lasp.launch.schema import RunConfig
 from lasp.parallel import checkpoint as checkpoints
 from lasp.parallel.files import writing
+from lasp.parallel.mesh import Mesh
 
 _RESULTS = ("checkpoints", METRICS, "tensorboard")
+_CLAIMED = "lasp/claimed"  # in the job's store: an attempt of this job has made the directory its own
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a file system without locks
 
 
-def claim(config: RunConfig, continued: checkpoints.Checkpoint | None) -> list[str]:
+@contextlib.contextmanager
+def locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
+    """No second run in the directory while the block runs. The system unlocks it however this process ends.
+
+    Raises:
+        ValueError: another run is in it; on every rank.
+    """
+    with contextlib.ExitStack() as held:
+        mesh.on_first(lambda: _lock(run_dir, held))
+        yield
+
+
+def _lock(run_dir: Path, held: contextlib.ExitStack) -> None:
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = held.enter_context((run_dir / ".lock").open("a+"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"run_dir {run_dir} must hold one run at a time, but {file.read().strip() or 'another process'} trains "
+                "in it. Wait for its end or choose another run_dir=."
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+
+
+def resume_from(config: RunConfig, store: Store | None) -> bool | str:
+    """``checkpoint.resume``; for a restarted job true as soon as it has checkpoints of its own, wherever it began."""
+    claimed = store is not None and store.check([_CLAIMED])
+    return (
+        True if claimed and checkpoints.list_checkpoints(config.run_dir / "checkpoints") else config.checkpoint.resume
+    )
+
+
+def claim(config: RunConfig, continued: checkpoints.Checkpoint | None, store: Store | None) -> list[str]:
     """Make the directory this run's: call it when nothing can refuse the run any more.
 
     Args:
         continued: the checkpoint that the run goes on from. One of another directory starts over here, like
             none with ``checkpoint.resume=false``: older results are moved aside. With one of this directory
             only the checkpoints of later steps are, so that the newest is always the continued one.
+        store: of the job, where it has one: later attempts read there that the directory is theirs.
 
     Returns:
         what the user should know.
@@ -53,7 +105,10 @@ def claim(config: RunConfig, continued: checkpoints.Checkpoint | None) -> list[s
                 for path in old:
                     path.rename(aside / path.name)
                 notes.append(f"moved the older results of {run_dir} to {aside}.")
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config.portable(), sort_keys=False))
+    checkpoints.check_directory(own)
+    if store is not None:
+        store.set(_CLAIMED, "")
     return notes
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import Store
 
 from lasp.launch import run_dir
 from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
@@ -42,15 +43,18 @@ def train(config: RunConfig) -> None:
     job = Job.from_environment() or Job()
     device = choose_device(config.device, job)
     timeout = timedelta(seconds=config.timeout_s)
-    if job.attempt and checkpoints.list_checkpoints(config.run_dir / "checkpoints"):
-        # A restarted job goes on from its own checkpoints, wherever its first attempt began.
-        again = config.checkpoint.model_copy(update={"resume": True})
-        config = config.model_copy(update={"checkpoint": again})
-    with process_group(job, device, timeout):
-        _train(config, Mesh.build(config.cp_size, config.dp_size, device=device, timeout=timeout), timeout)
+    if job.attempt and not job.agent_store and config.checkpoint.resume is not True:
+        raise ValueError(
+            f"checkpoint.resume={config.checkpoint.resume} in a restarted job needs the launcher's store, to tell the "
+            "job's own checkpoints from older ones. Unset TORCH_DISABLE_SHARE_RDZV_TCP_STORE, or use resume=true."
+        )
+    with process_group(job, device, timeout) as store:
+        mesh = Mesh.build(config.cp_size, config.dp_size, device=device, timeout=timeout)
+        with run_dir.locked(config.run_dir, mesh):
+            _train(config, mesh, store)
 
 
-def _train(config: RunConfig, mesh: Mesh, timeout: timedelta) -> None:
+def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
     torch.manual_seed(config.seed)
 
     # Data: the first rank prepares it once, all map the same files.
@@ -70,7 +74,7 @@ def _train(config: RunConfig, mesh: Mesh, timeout: timedelta) -> None:
     # Model and engine: the same initial values at every number of ranks.
     model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed)).to(mesh.device)
     engine = DataParallelEngine(model, mesh, _optimizer_settings(config), config.torch_dtype)
-    position, notes = _resume(config, engine, mesh, tokenizer)
+    position, notes = _resume(config, engine, mesh, tokenizer, store)
 
     report = Report(config, engine.step_count, active=mesh.is_first)
     report.table("run", _derived(config, mesh, engine, plan, stream, len(file), len(held_out)))
@@ -142,7 +146,9 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _resume(config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: Tokenizer) -> tuple[int, list[str]]:
+def _resume(
+    config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: Tokenizer, store: Store | None
+) -> tuple[int, list[str]]:
     """Continue from a checkpoint if there is one: the data position, and what the user should know.
 
     The run directory becomes this run's only when the checkpoint has been accepted.
@@ -151,19 +157,19 @@ def _resume(config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer
     notes: list[str] = []
 
     def read() -> dict[str, Any] | None:
-        resume = config.checkpoint.resume
+        resume = run_dir.resume_from(config, store)
         if isinstance(resume, str):
             found.append(checkpoints.load(checkpoints.find(Path(resume))))
         elif resume and (checkpoint := checkpoints.load_newest(config.run_dir / "checkpoints", notes.append)):
             found.append(checkpoint)
         if not found:
-            notes.extend(run_dir.claim(config, None))
+            notes.extend(run_dir.claim(config, None, store))
             return None
         shapes = {name: tuple(x.shape) for name, x in engine.model_tensors().items()}
         checkpoints.check_same_model(found[0], _architecture(config), shapes)
         _check_same_tokenizer(found[0], tokenizer)
-        notes.extend(_changes(found[0].state["config"], config.plain()))
-        notes.extend(run_dir.claim(config, found[0]))
+        notes.extend(_changes(found[0].state["config"], config.portable()))
+        notes.extend(run_dir.claim(config, found[0], store))
         return found[0].state
 
     state = mesh.on_first(read)
@@ -216,7 +222,7 @@ def _save(config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: 
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": fingerprint(tokenizer),
         "schedule": {"step": engine.step_count, "steps": config.steps},
-        "config": config.plain(),
+        "config": config.portable(),
     }
     content = tokenizer.to_json()
 

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lasp.parallel.files import writing
+from lasp.parallel.files import reading, writing
 
 FORMAT, VERSION = "lasp-checkpoint", 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -84,7 +85,7 @@ def save(
         OSError: the disk refuses it; the message says where and why.
     """
     if keep is not None and keep < 1:
-        raise ValueError(f"keep must be at least 1, or None to keep all, got {keep}.")
+        raise ValueError(f"keep must be at least 1, or None to keep all, got {keep}. Raise it.")
     with writing(directory / f"step-{step:08d}"):
         final = _write(directory, step, tensors, state, extras or {})
         if keep is not None:
@@ -130,6 +131,17 @@ def _write(
     return final
 
 
+def check_directory(directory: Path) -> None:
+    """Make the directory and write into it: a run learns before its first step that it cannot save.
+
+    Raises:
+        OSError: the disk refuses it; the message says where and why.
+    """
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=directory).cleanup()
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints in ``directory``, oldest step first, good or damaged."""
     found = [p for p in directory.glob("step-*") if _STEP_NAME.fullmatch(p.name) and p.is_dir()]
@@ -150,31 +162,33 @@ def verify(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"checkpoint {path} does not exist. Checkpoints are in RUN_DIR/checkpoints.")
     if not path.is_dir():
-        raise ValueError(f"checkpoint {path} is a file; a checkpoint is a directory with a {MANIFEST}.")
+        raise ValueError(f"checkpoint {path} is a file; a checkpoint is a directory with a {MANIFEST}. Name one.")
     if not (path / MANIFEST).is_file():
         raise ValueError(f"{path} is not a checkpoint: it has no {MANIFEST}. Name a step-NNNNNNNN directory.")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         known = manifest["format"] == FORMAT and isinstance(manifest["files"], dict)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read ({error}).") from error
+        raise _damaged(path, f"{MANIFEST} cannot be read ({error})") from error
     if not known or manifest.get("version") != VERSION:
         raise ValueError(
             f"checkpoint {path} has format {manifest['format']!r} version {manifest.get('version')!r}; "
-            f"this program reads {FORMAT!r} version {VERSION}."
+            f"this program reads {FORMAT!r} version {VERSION}. Read it with the program that wrote it."
         )
     for name, expected in manifest["files"].items():
         file = path / name
         if Path(name).name != name or not file.is_file():
-            raise ValueError(f"checkpoint {path} is damaged: {name} is missing.")
+            raise _damaged(path, f"{name} is missing")
         size = file.stat().st_size
         if size != expected["size"]:
-            raise ValueError(
-                f"checkpoint {path} is damaged: {name} has {size} bytes, its manifest says {expected['size']}."
-            )
+            raise _damaged(path, f"{name} has {size} bytes, its manifest says {expected['size']}")
         if _fingerprint(file) != expected:
-            raise ValueError(f"checkpoint {path} is damaged: {name} does not have its hash in {MANIFEST}.")
+            raise _damaged(path, f"{name} does not have its hash in {MANIFEST}")
     return manifest
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"checkpoint {path} is damaged: {what}. Use an earlier one.")
 
 
 def load(path: Path) -> Checkpoint:
@@ -182,16 +196,18 @@ def load(path: Path) -> Checkpoint:
 
     Raises:
         ValueError: see :func:`verify`.
+        OSError: a file cannot be read.
     """
-    names = verify(path)["files"]
-    try:
-        state = json.loads((path / STATE).read_text())
-        state["step"] = int(state["step"])
+    with reading(path):
+        names = verify(path)["files"]
         stems = {name: name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors")}
-        tensors = {stem: load_file(path / name) for name, stem in stems.items()}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read, though its hashes are right: {error}") from error
-    extras = {name: (path / name).read_bytes() for name in names if name not in {*stems, STATE}}
+        extras = {name: (path / name).read_bytes() for name in names if name not in {*stems, STATE}}
+        try:
+            state = json.loads((path / STATE).read_text())
+            state["step"] = int(state["step"])
+            tensors = {stem: load_file(path / name) for name, stem in stems.items()}
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise _damaged(path, f"its hashes are right, yet it cannot be read ({error})") from error
     return Checkpoint(path, state, tensors, extras)
 
 
@@ -206,7 +222,7 @@ def load_newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint | No
     for path in reversed(paths):
         try:
             return load(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             warn(f"{error} Trying the checkpoint before it.")
     if paths:
         raise ValueError(

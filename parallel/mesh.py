@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lasp.context import CPContext
 from lasp.layout import SequenceLayout
+from lasp.parallel.files import explained
 
 _EXPECTED = {"rejected": ValueError, "refused by the system": OSError}  # their message is the whole story
 
@@ -158,7 +159,7 @@ class Mesh:
             except Exception as caught:
                 error = caught
                 kind = next((kind for kind, known in _EXPECTED.items() if isinstance(caught, known)), "failed")
-                outcome = [(kind, f"{caught}" if kind in _EXPECTED else f"{type(caught).__name__}: {caught}")]
+                outcome = [(kind, explained(caught) if kind in _EXPECTED else f"{type(caught).__name__}: {caught}")]
         dist.broadcast_object_list(outcome, self.ranks[0], group=self.world_group)
         kind, value = outcome[0]
         if error is not None:
@@ -184,7 +185,7 @@ def _own_group(
 def _check_grid(world_size: int, cp_size: int, dp_size: int | None) -> None:
     for name, size in (("cp_size", cp_size), ("dp_size", dp_size)):
         if size is not None and size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}.")
+            raise ValueError(f"{name} must be at least 1, got {size}. Set it to the ranks there are.")
     if dp_size is None and world_size % cp_size:
         raise ValueError(
             f"cp_size must divide the number of ranks: {world_size} ranks, cp_size = {cp_size}. "

@@ -79,9 +79,11 @@ def test_a_killed_rank_is_named_and_nobody_is_left_behind(tmp_path):
     assert not any(map(_alive, ranks))
 
 
-def test_ranks_end_when_their_launcher_is_killed(tmp_path):
+def test_ranks_end_when_their_launcher_is_killed_and_nothing_is_left_behind(tmp_path):
+    (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(
         [*COMMAND, "train", str(tiny_yaml(tmp_path)), "steps=100000", "--cp", "2"],
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -95,6 +97,7 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path):
     while any(map(_alive, ranks)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(ranks) == 2 and not any(map(_alive, ranks))
+    assert not list((tmp_path / "tmp").glob("lasp-*"))
 
 
 def test_a_rank_that_fails_shows_its_own_error_once(tmp_path):

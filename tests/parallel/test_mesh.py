@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lasp.parallel.files import explained
 from lasp.parallel.mesh import Mesh
 
 
@@ -78,8 +79,9 @@ def _full_disk(group):
     try:
         Mesh.build(2, 1, group).on_first(work)
     except OSError as error:
-        return str(error)
+        return explained(error)
 
 
 def test_a_refused_write_of_the_first_rank_is_everybodys(ranks):
-    assert ranks.run(_full_disk, size=2) == ["[Errno 13] Permission denied: 'x'"] * 2
+    message = "cannot use x: Permission denied. Name a path that exists and can be used."
+    assert ranks.run(_full_disk, size=2) == [message] * 2

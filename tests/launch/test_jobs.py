@@ -1,0 +1,145 @@
+"""Who owns a run directory: one run at a time, and a restarted job goes on from its own checkpoints only."""
+
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+from torch.distributed import TCPStore
+
+from lasp.launch import run_dir
+from lasp.launch.rendezvous import Job
+from lasp.launch.report import read_metrics
+from lasp.launch.schema import load_config
+from lasp.launch.train import train
+from lasp.parallel.mesh import Mesh
+from tests.launch.helpers import tiny_yaml
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lasp.launch import run_dir
+from lasp.parallel.mesh import Mesh
+with run_dir.locked(Path(sys.argv[1]), Mesh.build()):
+    print("holds", flush=True)
+    time.sleep(60)
+"""
+
+
+def _steps(folder):
+    return [record["step"] for record in read_metrics(folder)]
+
+
+@pytest.fixture
+def attempt(monkeypatch):
+    """``attempt(n)`` makes this process the one rank of the n-th attempt of a torchrun job, whose agent is the test."""
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    environment = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(agent.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+    def start(number):
+        for name, value in (environment | {"TORCHELASTIC_RESTART_COUNT": str(number)}).items():
+            monkeypatch.setenv(name, value)
+
+    yield start
+    del agent
+
+
+@pytest.mark.parametrize("resume", ["false", "{older}"])
+def test_a_job_that_died_before_it_began_does_not_go_on_from_older_checkpoints(tmp_path, attempt, resume):
+    path, run = tiny_yaml(tmp_path), tmp_path / "run"
+    older = tmp_path / "older"
+    train(load_config(path, [f"run_dir={older}", "steps=2"]))
+    train(load_config(path, ["steps=4"]))  # of an earlier job
+    attempt(1)  # attempt 0 never came so far
+    train(load_config(path, ["steps=6", f"checkpoint.resume={resume.format(older=older)}"]))
+    assert _steps(run / "previous-1") == [1, 2, 3, 4]
+    assert _steps(run) == ([1, 2, 3, 4, 5, 6] if resume == "false" else [3, 4, 5, 6])
+
+
+@pytest.mark.parametrize("resume", ["false", "{older}"])
+def test_a_restarted_job_goes_on_from_its_own_checkpoints(tmp_path, attempt, resume, monkeypatch):
+    path, run = tiny_yaml(tmp_path), tmp_path / "run"
+    older = tmp_path / "older"
+    train(load_config(path, [f"run_dir={older}", "steps=2"]))
+    overrides = ["steps=6", f"checkpoint.resume={resume.format(older=older)}"]
+    attempt(0)
+    with monkeypatch.context() as dying:
+        save = run_dir.checkpoints.save
+
+        def save_and_die(directory, step, *args, **options):
+            save(directory, step, *args, **options)
+            if step == 4:
+                raise KeyboardInterrupt
+
+        dying.setattr("lasp.parallel.checkpoint.save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_config(path, overrides))
+    first = {record["step"]: record["seconds"] for record in read_metrics(run)}
+    attempt(1)
+    train(load_config(path, overrides))
+    again = {record["step"]: record["seconds"] for record in read_metrics(run)}
+    assert max(first) == 4 and max(again) == 6 and again.items() > first.items()
+    assert not list(run.glob("previous-*"))
+
+
+def test_a_restart_without_the_launchers_store_is_refused_where_it_must_choose(tmp_path, attempt, monkeypatch):
+    attempt(1)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    with pytest.raises(ValueError, match=r"checkpoint\.resume=False in a restarted job needs .* use resume=true"):
+        train(load_config(tiny_yaml(tmp_path), ["checkpoint.resume=false"]))
+    train(load_config(tiny_yaml(tmp_path), ["steps=2"]))
+
+
+def test_an_environment_that_is_no_job_is_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE must be a whole number .*got 'two'\. Start with torchrun"):
+        Job.from_environment({"RANK": "0", "WORLD_SIZE": "two"})
+    with pytest.raises(ValueError, match="MASTER_PORT is not"):
+        Job.from_environment({"RANK": "0", "WORLD_SIZE": "2"})
+    assert Job.from_environment({"RANK": "0"}) is None
+
+
+def test_a_second_run_in_a_directory_is_refused_and_a_killed_one_leaves_it_free(tmp_path):
+    path = tiny_yaml(tmp_path)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"holds\n"
+    with pytest.raises(ValueError, match=rf"must hold one run at a time, but process {holder.pid} on \S+ trains"):
+        train(load_config(path, ["steps=2"]))
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
+    holder.send_signal(signal.SIGKILL)
+    holder.wait(30)
+    train(load_config(path, ["steps=2"]))
+    train(load_config(path, ["steps=3"]))  # an ended run leaves it free as well
+    assert _steps(tmp_path / "run") == [1, 2, 3]
+
+
+def _lock_twice(group, folder):
+    mesh = Mesh.build(2, 1, group)
+    with run_dir.locked(folder, mesh):
+        try:
+            with run_dir.locked(folder, mesh):
+                return "both"
+        except ValueError as error:
+            return str(error)
+
+
+def test_every_rank_learns_that_the_directory_is_taken(ranks, tmp_path):
+    for message in ranks.run(_lock_twice, tmp_path, size=2):
+        assert "must hold one run at a time" in message and "choose another run_dir=" in message
+
+
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
+    import errno
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with run_dir.locked(tmp_path / "run", Mesh.build()):
+        assert (tmp_path / "run" / ".lock").exists()
