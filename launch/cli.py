@@ -94,7 +94,7 @@ def prepare(inputs: tuple[str, ...], output: str, tokenizer: str, pattern: str) 
     from lasp.launch.tokenizer import load_tokenizer
 
     files = list_files(inputs, pattern)
-    check_output(output, files)
+    check_output(output, [*files, Path(tokenizer)])
     file = write_token_file(output, read_texts(files), load_tokenizer(tokenizer))
     click.echo(f"{output}.bin, .idx: {len(file):,} documents, {file.num_tokens:,} tokens")
     click.echo(f"train on it with data.source={output} data.tokenizer={tokenizer}")

@@ -116,12 +116,16 @@ class Report:
             table.add_row(name, str(value))
         self._console.print(table)
 
-    def plot(self) -> Path | None:
-        """The loss curve as a PNG."""
+    def plot(self) -> None:
+        """The loss curve as a PNG; a finished run does not fail for want of its picture."""
         if not self._active or not self.records:
-            return None
-        with writing(self._config.run_dir / PLOT):
-            return plot_losses(self.records, self._config.run_dir / PLOT)
+            return
+        path = self._config.run_dir / PLOT
+        try:
+            with writing(path):
+                plot_losses(self.records, path)
+        except OSError as error:
+            self.warn(str(error))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -137,7 +141,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def plot_losses(records: list[dict[str, Any]], path: Path) -> Path:
+def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
     """Training loss per step and held-out loss where it was measured."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -152,7 +156,6 @@ def plot_losses(records: list[dict[str, Any]], path: Path) -> Path:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    return path
 
 
 def peak_memory_bytes() -> int:

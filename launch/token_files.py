@@ -48,9 +48,10 @@ class TokenFile:
         index, tokens = with_suffix(prefix, ".idx"), with_suffix(prefix, ".bin")
         for path in (index, tokens):
             if not path.is_file():
+                fault = "is no file" if path.exists() else "does not exist"
                 raise ValueError(
-                    f"data.source {prefix!s}: {path} does not exist. Make it with `lasp data prepare INPUT... "
-                    f"--output {prefix!s}`, or use data.source=stdlib."
+                    f"data.source {prefix!s}: {path} {fault}. Make it with `lasp data prepare INPUT... --output "
+                    f"{prefix!s}`, or use data.source={STDLIB}."
                 )
         self.lengths, self._offsets, self._dtype = _read_index(index)
         size = tokens.stat().st_size
@@ -161,13 +162,15 @@ def list_files(inputs: Iterable[str | Path], pattern: str = "*") -> list[Path]:
 
 
 def check_output(prefix: str | Path, files: Iterable[Path]) -> None:
-    """Refuse an output that is a folder, or one of the inputs.
+    """Refuse an output where a folder is, or one of the inputs.
 
     Raises:
         ValueError: naming the file.
     """
     _check_prefix(prefix, "--output")
     outputs = {with_suffix(prefix, suffix).resolve() for suffix in _SUFFIXES}
+    for folder in sorted(path for path in outputs if path.is_dir()):
+        raise ValueError(f"--output {prefix}: {folder.name} must be a file, and is a folder. Choose another name.")
     for file in files:
         if file.resolve() in outputs:
             raise ValueError(

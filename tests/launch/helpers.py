@@ -1,5 +1,6 @@
 """A run so small that it takes a second: its data, its configuration."""
 
+import pytest
 import yaml
 
 from lasp.launch.schema import load_config
@@ -32,3 +33,21 @@ def tiny_yaml(folder, **changes):
 
 def tiny_config(folder, *overrides):
     return load_config(tiny_yaml(folder), list(overrides))
+
+
+def tokenizer_file(folder):
+    """Path of a small byte-level BPE tokenizer, trained on TEXTS."""
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None, byte_fallback=False))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    path = folder / "bpe.json"
+    backend.save(str(path))
+    return path

@@ -8,7 +8,7 @@ from lasp.launch.data import DataPlan, PackedStream, Sequence, open_source, spli
 from lasp.launch.token_files import TokenFile, list_files, read_texts, stdlib_files, write_token_file
 from lasp.launch.tokenizer import ByteTokenizer, load_tokenizer
 from lasp.parallel.mesh import Mesh
-from tests.launch.helpers import TEXTS
+from tests.launch.helpers import TEXTS, tokenizer_file
 
 
 @pytest.fixture
@@ -107,19 +107,7 @@ def test_unusable_data_is_refused_by_name(tmp_path, prepared):
 
 
 def test_a_tokenizer_file_round_trips_and_is_checked(tmp_path, prepared):
-    tokenizers = pytest.importorskip("tokenizers")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None, byte_fallback=False))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    path = tmp_path / "bpe.json"
-    backend.save(str(path))
+    path = tokenizer_file(tmp_path)
     tokenizer = load_tokenizer(str(path))
     assert tokenizer.decode(tokenizer.encode(TEXTS[1])) == TEXTS[1] and tokenizer.eos == 0
     again = load_tokenizer("elsewhere.json", tokenizer.to_json())

@@ -13,7 +13,8 @@ from lasp.launch.cli import main
 from lasp.launch.schema import load_config
 from lasp.launch.token_files import TokenFile, write_token_file
 from lasp.launch.tokenizer import ByteTokenizer
-from tests.launch.helpers import TEXTS, tiny_yaml
+from lasp.launch.train import train
+from tests.launch.helpers import TEXTS, tiny_yaml, tokenizer_file
 
 
 def _run(monkeypatch, capsys, *arguments):
@@ -34,6 +35,10 @@ def test_preparation_reads_no_output_of_its_own(monkeypatch, capsys, tmp_path):
     assert code == 1 and "x.bin is one of the inputs" in err
     arguments = ["data", "prepare", tmp_path, "--output", tmp_path / "x", "--glob", "*.txt"]
     assert _run(monkeypatch, capsys, *arguments)[0] == 0
+    tokenizer, content = tokenizer_file(tmp_path), tokenizer_file(tmp_path).read_bytes()
+    arguments = ["data", "prepare", tmp_path / "a.txt", "--output", tmp_path / "bpe", "--tokenizer", tokenizer]
+    code, err = _run(monkeypatch, capsys, *arguments)
+    assert code == 1 and "bpe.json is one of the inputs" in err and tokenizer.read_bytes() == content
 
 
 @pytest.mark.parametrize("folder", ["out/", ".", ".."])
@@ -65,6 +70,63 @@ def test_what_cannot_be_written_is_one_message(monkeypatch, capsys, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     code, err = _run(monkeypatch, capsys, "data", "prepare", tmp_path / "a.txt", "--output", tmp_path / "run" / "x")
     assert code == 1 and err.startswith("error: cannot write ") and "Traceback" not in err, err
+
+
+UNUSABLE = {  # a path below a regular file, and a folder where a file is wanted, or the other way round
+    "run_dir={0}/file/x": "cannot write {0}/file/x: Not a directory",
+    "data.source={0}/file/x": "data.source {0}/file/x: {0}/file/x.idx does not exist. Make it with",
+    "data.source={0}/folder": "data.source {0}/folder: {0}/folder.idx is no file. Make it with",
+    "data.tokenizer={0}/folder": "'{0}/folder' is no file. Name one that exists.",
+    "checkpoint.resume={0}/file": "checkpoint {0}/file is a file; a checkpoint is a directory",
+    "checkpoint.resume={0}/file/x": "checkpoint {0}/file/x does not exist. Checkpoints are in",
+    "checkpoint.resume={0}/" + "x" * 300: "File name too long. Name a path that exists and can be used.",
+}
+
+
+@pytest.mark.parametrize("override", UNUSABLE)
+def test_paths_that_cannot_be_used_are_refused_before_the_first_step(monkeypatch, capsys, tmp_path, override):
+    path = tiny_yaml(tmp_path)
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.idx").mkdir()
+    monkeypatch.setattr("lasp.launch.train.DataParallelEngine.step", pytest.fail)
+    code, err = _run(monkeypatch, capsys, "train", path, override.format(tmp_path))
+    assert code == 1 and UNUSABLE[override].format(tmp_path) in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("name", "is_folder", "reason"),
+    [
+        ("checkpoints", False, "File exists"),
+        ("tensorboard", False, "File exists"),
+        ("metrics.jsonl", True, "Is a directory"),
+        ("config.yaml", True, "Is a directory"),
+        (".lock", True, "Is a directory"),
+    ],
+)
+def test_results_that_cannot_be_written_stop_a_run_before_its_first_step(
+    monkeypatch, capsys, tmp_path, name, is_folder, reason
+):
+    (tmp_path / "run").mkdir()
+    obstacle = tmp_path / "run" / name
+    obstacle.mkdir() if is_folder else obstacle.write_text("")
+    monkeypatch.setattr("lasp.launch.train.DataParallelEngine.step", pytest.fail)
+    code, err = _run(monkeypatch, capsys, "train", tiny_yaml(tmp_path), "log.tensorboard=true")
+    assert code == 1 and err.startswith(f"error: cannot write {obstacle}: {reason}. Free the disk or name"), err
+
+
+def test_a_plot_that_cannot_be_written_is_a_warning(tmp_path, capsys):
+    (tmp_path / "run" / "loss.png").mkdir(parents=True)
+    train(load_config(tiny_yaml(tmp_path), ["steps=2"]))
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"warning: cannot write {tmp_path}/run/loss.png: Is a directory." in out and "summary" in out
+
+
+def test_the_outputs_of_preparation_are_files(monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "x.bin").mkdir()
+    code, err = _run(monkeypatch, capsys, "data", "prepare", tmp_path / "a.txt", "--output", tmp_path / "x")
+    assert code == 1 and "x.bin must be a file, and is a folder. Choose another name." in err, err
 
 
 def test_a_full_disk_is_one_message(monkeypatch, capsys, tmp_path):
@@ -151,8 +213,6 @@ def test_sampling_at_any_temperature_is_finite():
 
 
 def test_generation_refuses_what_it_cannot_use(monkeypatch, capsys, tmp_path):
-    from lasp.launch.train import train
-
     train(load_config(tiny_yaml(tmp_path), ["steps=2"]))
     arguments = ["generate", tmp_path / "run", "--prompt", "a", "--max-new-tokens", "2"]
     code, err = _run(monkeypatch, capsys, *arguments, "--temperature", "nan")

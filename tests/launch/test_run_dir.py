@@ -4,13 +4,14 @@ import shutil
 import pytest
 
 from lasp.launch.data import open_source
+from lasp.launch.generate import load_model, sample_text
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
 from lasp.launch.token_files import write_token_file
-from lasp.launch.tokenizer import BYTES, ByteTokenizer, fingerprint
+from lasp.launch.tokenizer import BYTES, ByteTokenizer, fingerprint, load_tokenizer
 from lasp.launch.train import train
 from lasp.parallel import checkpoint as checkpoints
-from tests.launch.helpers import TEXTS, tiny_config, tiny_yaml
+from tests.launch.helpers import TEXTS, tiny_config, tiny_yaml, tokenizer_file
 
 
 class OtherTokenizer(ByteTokenizer):
@@ -94,6 +95,23 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path, finished):
         _check_same_tokenizer(saved, OtherTokenizer())
     del saved.state["tokenizer_sha256"]
     _check_same_tokenizer(saved, OtherTokenizer())
+
+
+def test_a_run_with_a_tokenizer_file_is_resumed_and_generates_from_another_directory(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(str(tokenizer_file(tmp_path)))
+    write_token_file(tmp_path / "learn", TEXTS, tokenizer)
+    monkeypatch.chdir(tmp_path)
+    relative = ["run_dir=run", "data.source=learn", "data.tokenizer=bpe.json"]
+    train(load_config(tiny_yaml(tmp_path), ["steps=2", *relative]))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    train(load_config("../run/config.yaml", ["steps=4"]))
+    assert _steps(tmp_path / "run") == [1, 2, 3, 4] and not list(elsewhere.iterdir())
+    for name in ("bpe.json", "learn.bin"):  # what a checkpoint needs it holds
+        (tmp_path / name).unlink()
+    model, own = load_model("../run")
+    assert own.name == str(tmp_path / "bpe.json") and own.encode("def f") == tokenizer.encode("def f")
+    assert sample_text(model, own, own.encode("def f"), 3).startswith("def f")
 
 
 def test_the_cached_library_is_named_after_its_tokenizer(tmp_path, monkeypatch):
