@@ -48,8 +48,8 @@ def record() -> Iterator[Ledger]:
 class Pending:
     """A collective in flight. ``wait()`` once returns its result."""
 
-    def __init__(self, name: str, work: dist.Work, x: Tensor, out: Tensor, group: dist.ProcessGroup | None):
-        self._name, self._work, self._group = name, work, group
+    def __init__(self, place: str, work: dist.Work, x: Tensor, out: Tensor, group: dist.ProcessGroup | None):
+        self._place, self._work, self._group = place, work, group
         self._x, self._out = x, out  # the input must stay alive until the wait
         self._started = time.monotonic()
 
@@ -62,7 +62,7 @@ class Pending:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise RuntimeError(_describe_failure(self._name, self._group, self._started, error)) from error
+            raise RuntimeError(_describe_failure(self._place, self._group, self._started, error)) from error
         self._x = None
         return self._out
 
@@ -104,35 +104,51 @@ def _issue(name: str, x: Tensor, group: dist.ProcessGroup | None, out: Tensor, s
     try:
         work = start()
     except RuntimeError as error:
-        raise RuntimeError(_describe_failure(name, group, time.monotonic(), error)) from error
+        raise RuntimeError(_describe_failure(_place(name, group), group, time.monotonic(), error)) from error
+    return Pending(_place(name, group), work, x, out, group)
 
-    return Pending(name, work, x, out, group)
+
+def _place(name: str, group: dist.ProcessGroup | None) -> str:
+    """The newest collective of the group by name and number: equal on two ranks that are at the same place."""
+    return f"{name} {_group(group)._get_sequence_number_for_group()}"
+
+
+def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    return dist.group.WORLD if group is None else group
 
 
 def _describe_failure(
-    name: str, group: dist.ProcessGroup | None, started: float, error: RuntimeError, grace_s: float = 3.0
+    place: str, group: dist.ProcessGroup | None, started: float, error: RuntimeError, grace_s: float = 3.0
 ) -> str:
-    """Who is missing: each rank whose wait failed leaves its mark in the job's store."""
+    """Who is missing: each rank whose wait failed leaves its place in the job's store."""
     waited = time.monotonic() - started
-    group = dist.group.WORLD if group is None else group
-    ranks, me = dist.get_process_group_ranks(group), dist.get_rank()
-    message = f"{name} failed on rank {me} (group of ranks {ranks}) after {waited:.1f} s."
+    ranks, me = dist.get_process_group_ranks(_group(group)), dist.get_rank()
+    message = f"{place} failed on rank {me} (group of ranks {ranks}) after {waited:.1f} s."
     try:
-        store = dist.distributed_c10d._get_default_store()
-        prefix = f"lasp/waiting/{group.group_name}"
-        store.set(f"{prefix}/{me}", name)
-        deadline = time.monotonic() + grace_s
-        missing = ranks
-        while missing and time.monotonic() < deadline:
-            missing = [r for r in missing if not store.check([f"{prefix}/{r}"])]
-            time.sleep(0.05)
+        places = _meet(place, f"lasp/waiting/{_group(group).group_name}", ranks, time.monotonic() + grace_s)
     except RuntimeError:
         return f"{message} The job's store is gone as well: look at rank 0's first error."
+    missing = [rank for rank in ranks if rank not in places]
+    elsewhere = [f"rank {rank} in {other}" for rank, other in places.items() if other != place]
+    if elsewhere:
+        message += f" Others wait in another one: {', '.join(elsewhere)}; those with the lower number are behind."
     if not missing:
-        return f"{message} All ranks of the group entered a collective: look at each rank's error below."
+        message += "" if elsewhere else " All ranks of the group entered it."
+        return f"{message} Look at each rank's error below."
     if "timed out" in str(error).lower() or "timeout" in str(error).lower():
         return f"{message} Rank(s) {missing} never entered it or died: look at their first error."
     return (
         f"{message} A connection was lost. Rank(s) {missing} have not reported: one of them died, others may wait for "
         "it still. Look at the first error of those."
     )
+
+
+def _meet(place: str, prefix: str, ranks: list[int], deadline: float) -> dict[int, str]:
+    """Say where this rank waits; the places of all that have said so by the deadline."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{prefix}/{dist.get_rank()}", place)
+    while True:
+        known = [rank for rank in ranks if store.check([f"{prefix}/{rank}"])]
+        if len(known) == len(ranks) or time.monotonic() >= deadline:
+            return {rank: store.get(f"{prefix}/{rank}").decode() for rank in known}
+        time.sleep(0.05)
