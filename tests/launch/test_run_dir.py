@@ -12,6 +12,7 @@ from lasp.launch.tokenizer import BYTES, ByteTokenizer, fingerprint, load_tokeni
 from lasp.launch.train import train
 from lasp.parallel import checkpoint as checkpoints
 from tests.launch.helpers import TEXTS, tiny_config, tiny_yaml, tokenizer_file
+from tests.launch.test_train import _train_on_ranks
 
 
 class OtherTokenizer(ByteTokenizer):
@@ -149,6 +150,20 @@ def test_a_step_without_a_label_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"at least one label, got 0.*join_documents=true"):
         train(load_config(tiny_yaml(tmp_path), [f"data.source={tmp_path}/short"]))
     train(load_config(tiny_yaml(tmp_path), [f"data.source={tmp_path}/short", "data.join_documents=true", "steps=2"]))
+
+
+def _refusal(group, path, overrides):
+    try:
+        _train_on_ranks(group, path, overrides)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("override", ["cp=2", "dp=2"])
+def test_a_step_without_a_label_is_an_error_on_every_rank(ranks, tmp_path, override):
+    write_token_file(tmp_path / "short", ["x"] * 400, NoToken())
+    for message in ranks.run(_refusal, tiny_yaml(tmp_path), [f"data.source={tmp_path}/short", override], size=2):
+        assert "must hold at least one label, got 0" in message
 
 
 class NoToken(ByteTokenizer):

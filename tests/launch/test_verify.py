@@ -2,6 +2,7 @@
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,21 +11,21 @@ from lasp import CPContext
 from lasp.exchange import EXCHANGES, AllGather
 from lasp.launch import verify as verifying
 from lasp.launch.schema import load_config
+from lasp.launch.token_files import list_files, read_texts, write_token_file
+from lasp.launch.tokenizer import ByteTokenizer
 from lasp.layout import SequenceLayout
 from lasp.parallel.mesh import Mesh
+from tests.launch.helpers import TEXTS, tiny_config
 
 PATTERN = "SLLL"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    from lasp.launch.token_files import list_files, read_texts, write_token_file
-    from lasp.launch.tokenizer import load_tokenizer
-
     folder = tmp_path_factory.mktemp("verify")
     for i in range(12):
         (folder / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i + 1))
-    write_token_file(folder / "text", read_texts(list_files([folder], "*.txt")), load_tokenizer("bytes"))
+    write_token_file(folder / "text", read_texts(list_files([folder], "*.txt")), ByteTokenizer())
     settings = {
         "run_dir": str(folder / "run"),
         "steps": 1,
@@ -110,6 +111,17 @@ def test_a_planted_fault_is_named_with_its_layer(ranks, config, fault, message):
 def test_verify_needs_more_than_one_rank(config):
     with pytest.raises(ValueError, match=r"cp_size must be at least 2 .*got 1"):
         verifying.verify(config, 1)
+
+
+def test_a_held_out_sequence_that_cannot_be_cut_is_left_out_by_name(tmp_path, capsys):
+    last = int(np.random.default_rng(0).permutation(len(TEXTS))[0])  # the one that is held out
+    texts = [text if n != last else "x" for n, text in enumerate(TEXTS)]
+    write_token_file(tmp_path / "short", texts, ByteTokenizer())
+    config = tiny_config(tmp_path, f"data.source={tmp_path}/short", "data.eval_fraction=0.01", "data.seq_len=30")
+    assert verifying.verify(config, 3) == 0
+    report = capsys.readouterr().out
+    assert "the held-out sequence of 2 tokens cannot be cut over 3 ranks: its loss is not compared." in report
+    assert "eval_loss" not in report and "PASS: cp = 3" in report
 
 
 def test_the_command_reports_and_succeeds(config, capsys):
