@@ -174,8 +174,7 @@ def split_documents(num_documents: int, eval_fraction: float) -> tuple[np.ndarra
 
 
 def open_source(source: str, cache_dir: Path, tokenizer: Tokenizer) -> TokenFile:
-    """The token file of ``data.source``: a prefix, or ``stdlib``, which is prepared into ``cache_dir``
-    once.
+    """The token file of ``data.source``: a prefix, or ``stdlib``, which is prepared into ``cache_dir`` once.
 
     Raises:
         ValueError: no such file, or one that another tokenizer made.

@@ -14,8 +14,7 @@ from lasp.parallel import checkpoint as checkpoints
 
 
 def load_model(path: str | Path) -> tuple[LinearLlama, Tokenizer]:
-    """The model and the tokenizer of a checkpoint, or of the newest checkpoint of a run directory, on the
-    CPU.
+    """The model and the tokenizer of a checkpoint, or of the newest one of a run directory, on the CPU.
 
     Raises:
         ValueError: no checkpoint there, or a damaged one.

@@ -67,7 +67,7 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
             process.kill()
             process.wait()
     if any(codes) and signals.count:
-        raise RankFailure("interrupted; not every rank could save its place.")
+        raise RankFailure("interrupted; not every rank could save its place. Run again: it goes on from what is saved.")
     if any(codes):
         raise _explain(codes, store)
 

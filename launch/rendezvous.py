@@ -1,5 +1,4 @@
-"""How a process finds the others of its job: the environment of torchrun, and a process group of our own
-making.
+"""How a process finds the others of its job: the environment of torchrun, and a process group of our own making.
 
 The group is made from a store whose keys carry the restart attempt. A restarted job would otherwise meet
 the addresses that the dead ranks of its last attempt left in the same store, and fail to connect to them.

@@ -1,7 +1,6 @@
 """What a run shows and leaves behind: progress, metrics.jsonl, TensorBoard events, a loss plot, a summary.
 
-Only the first rank reports; on the others every method does nothing, so the training loop has no ranks in
-it.
+Only the first rank reports; on the others every method does nothing: the training loop has no ranks in it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lasp.launch.schema import RunConfig
-from lasp.parallel.files import writing
+from lasp.parallel.files import reading, writing
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 
@@ -40,7 +39,9 @@ class Report:
         self._path = config.run_dir / METRICS
         self.records = [record for record in read_metrics(config.run_dir) if record["step"] <= start_step]
         with writing(self._path):
-            self._path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            whole = self._path.with_name(f".{METRICS}")
+            whole.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            whole.replace(self._path)  # a crash leaves the older records or these
 
     def __enter__(self) -> Report:
         if not self._active:
@@ -131,7 +132,9 @@ class Report:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of a run so far; lines that hold none, as a crash may leave, are left out."""
     path, records = run_dir / METRICS, []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    with reading(path):
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
         try:
             record = json.loads(line)
         except ValueError:

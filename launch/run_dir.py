@@ -64,10 +64,9 @@ def _lock(run_dir: Path, held: contextlib.ExitStack) -> None:
 
 def resume_from(config: RunConfig, store: Store | None) -> bool | str:
     """``checkpoint.resume``; for a restarted job true as soon as it has checkpoints of its own, wherever it began."""
-    claimed = store is not None and store.check([_CLAIMED])
-    return (
-        True if claimed and checkpoints.list_checkpoints(config.run_dir / "checkpoints") else config.checkpoint.resume
-    )
+    if store is not None and store.check([_CLAIMED]) and checkpoints.list_checkpoints(config.run_dir / "checkpoints"):
+        return True
+    return config.checkpoint.resume
 
 
 def claim(config: RunConfig, continued: checkpoints.Checkpoint | None, store: Store | None) -> list[str]:

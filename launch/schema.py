@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lasp.config import MixerConfig, ModelConfig
 from lasp.launch.token_files import STDLIB
 from lasp.launch.tokenizer import BYTES, load_tokenizer
+from lasp.launch.yaml_text import parse_yaml
 from lasp.parallel.files import reading
 
 ALIASES = {"cp": "cp_size", "dp": "dp_size", "tp": "tp_size", "pp": "pp_size"}
@@ -237,7 +237,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if not Path(path).exists():
             raise ValueError(f"configuration {path} does not exist. Name a YAML file, like configs/quickstart.yaml.")
         text = Path(path).read_text(encoding="utf-8")
-    values = _parse(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} must hold a mapping of keys, got {type(values).__name__}. Write lines like `steps: 100`."
@@ -261,19 +261,12 @@ def checked(values: Mapping[str, Any], source: str) -> RunConfig:
         raise ValueError(f"{source}: " + "\n  ".join(lines)) from error
 
 
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}. Mend what it names.") from error
-
-
 def _apply_override(values: dict[str, Any], text: str) -> None:
     """Set one dotted key. A named preset on the way becomes a mapping, so that its fields can be set."""
     key, equals, value_text = text.partition("=")
     if not equals or not key:
         raise ValueError(f"override {text!r} must have the form key=value, like optimizer.lr=1e-3.")
-    value = _parse(value_text, f"override {text!r}")
+    value = parse_yaml(value_text, f"override {text!r}")
     *sections, last = ALIASES.get(key, key).split(".")
     _check_keys(_nest([*sections, last], value), f"override {text!r}")
     at = values
@@ -315,9 +308,11 @@ def _check_keys(values: Mapping[str, Any], source: str, owner: type = RunConfig,
             _check_keys(value, source, section, f"{prefix}{key}.")
         elif section is not None and value is not None and not (isinstance(value, str) and _has_presets(section)):
             preset = " or a preset's name" if _has_presets(section) else ""
-            raise ValueError(f"{source}: {prefix}{key} must be a mapping of keys{preset}, got {value!r}.")
+            raise ValueError(f"{source}: {prefix}{key} must be a mapping of keys{preset}, got {value!r}. Set its keys.")
         elif section is None and isinstance(value, Mapping):
-            raise ValueError(f"{source}: {prefix}{key} holds one value and no keys below it, got {dict(value)!r}.")
+            raise ValueError(
+                f"{source}: {prefix}{key} holds one value and no keys below it, got {dict(value)!r}. Set {key}=VALUE."
+            )
 
 
 def _has_presets(section: type) -> bool:
@@ -336,20 +331,3 @@ def _describe(problem: Mapping[str, Any]) -> str:
     quoted = isinstance(value, str) and problem["type"] in ("int_type", "float_type", "bool_type")
     remedy = " Leave out the quotes." if quoted and re.fullmatch(r"[-+.\deE]+|true|false", value) else ""
     return f"{key} {message}, got {value!r}.{remedy}"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses repeated keys, of which the last would win, and reads 1e-3 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key, _ in node.value:  # before `<<` is merged into it, whose keys may be given again
-            if key.value in seen:
-                raise yaml.YAMLError(f"key {key.value!r} is given twice, again in line {key.start_mark.line + 1}")
-            seen.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
-)

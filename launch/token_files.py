@@ -1,14 +1,11 @@
-"""Token files in Megatron-Core's format: ``PREFIX.bin`` holds tokens, ``PREFIX.idx`` where each document
-starts.
+"""Token files in Megatron-Core's format: ``PREFIX.bin`` holds tokens, ``PREFIX.idx`` where each document starts.
 
     PREFIX.idx, little endian:  magic "MMIDIDX\\0\\0", version u64 = 1, dtype code u8,
                                 sequences u64, document indices u64,
-                                lengths i32[sequences], byte offsets i64[sequences], document indices
-                                i64[...]
+                                lengths i32[sequences], byte offsets i64[sequences], document indices i64[...]
 
-One document is one sequence here and ends with the tokenizer's eos. ``PREFIX.json`` says which tokenizer
-made them; Megatron does not read it. ``lasp data prepare`` writes such files, training maps them into
-memory.
+One document is one sequence here and ends with the tokenizer's eos. ``PREFIX.json`` says which tokenizer made
+them; Megatron does not read it. ``lasp data prepare`` writes such files, training maps them into memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """One training run, top to bottom: ``train(config)`` on every rank, whoever started it.
 
-torchrun --nproc-per-node 4 -m lasp.launch.cli train configs/quickstart.yaml     joins the ranks it
-finds lasp train configs/quickstart.yaml                                               starts them
-(lasp.launch.local)
+lasp train configs/quickstart.yaml                                              starts ranks (lasp.launch.local)
+torchrun --nproc-per-node 4 -m lasp.launch.cli train configs/quickstart.yaml    joins those that it finds
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from lasp.launch import run_dir
 from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
 from lasp.launch.generate import sample_text
 from lasp.launch.rendezvous import Job, choose_device, process_group
-from lasp.launch.report import PLOT, Report, peak_memory_bytes
+from lasp.launch.report import METRICS, PLOT, Report, peak_memory_bytes
 from lasp.launch.schema import RunConfig
 from lasp.launch.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from lasp.model import LinearLlama
@@ -39,6 +38,7 @@ def train(config: RunConfig) -> None:
     Raises:
         ValueError: the configuration does not fit the data, the ranks, or the checkpoint; on every rank.
         FloatingPointError: the loss stopped being finite; on every rank.
+        OSError: a file cannot be read or written.
     """
     job = Job.from_environment() or Job()
     device = choose_device(config.device, job)
@@ -232,10 +232,8 @@ def _save(config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: 
             "optimizer": {**engine.optimizer_tensors(), "random_state": torch.get_rng_state()},
         }
         extras = {} if content is None else {"tokenizer.json": content}
-        directory = config.run_dir / "checkpoints"
-        return str(
-            checkpoints.save(directory, engine.step_count, tensors, state, keep=config.checkpoint.keep, extras=extras)
-        )
+        directory, keep = config.run_dir / "checkpoints", config.checkpoint.keep
+        return str(checkpoints.save(directory, engine.step_count, tensors, state, keep=keep, extras=extras))
 
     return mesh.on_first(write)
 
@@ -291,7 +289,7 @@ def _summary(
     rows["parameters"] = f"{engine.num_parameters:,}"
     rows["peak memory"] = ", ".join(f"{peak / 2**20:,.0f}" for peak in peaks) + " MiB (one number per rank)"
     rows["checkpoints"] = str(config.run_dir / "checkpoints")
-    rows["metrics, plot"] = f"{config.run_dir / 'metrics.jsonl'}, {config.run_dir / PLOT}"
+    rows["metrics, plot"] = f"{config.run_dir / METRICS}, {config.run_dir / PLOT}"
     return rows
 
 

@@ -1,5 +1,4 @@
-"""Checkpoints that are whole or absent: written aside, hashed, named last; read only when every byte is
-right.
+"""Checkpoints that are whole or absent: written aside, hashed, named last; read when every byte is right.
 
     run_dir/checkpoints/step-00000200/
         model.safetensors        every parameter by name, in the master's dtype
@@ -212,8 +211,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest good checkpoint of a run; None where there is none yet. Tells ``warn`` of each damaged
-    one.
+    """The newest good checkpoint of a run; None where there is none yet. Tells ``warn`` of each damaged one.
 
     Raises:
         ValueError: there are checkpoints and none is good: starting over silently would hide the loss.

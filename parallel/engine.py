@@ -78,7 +78,8 @@ class DataParallelEngine:
     def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(
-                f"dtype must be float32, bfloat16 or float64, got {dtype}: float16 would need loss scaling."
+                f"dtype must be float32, bfloat16 or float64, got {dtype}: float16 would need loss scaling. "
+                "Set dtype to bfloat16."
             )
         self.model, self.mesh, self.settings, self.dtype = model, mesh, settings, dtype
         self.step_count = 0
@@ -102,8 +103,7 @@ class DataParallelEngine:
 
         Raises:
             ValueError: the step holds no label, on every rank.
-            FloatingPointError: the loss or the gradient is not finite, on every rank; parameters are as
-            before.
+            FloatingPointError: the loss or the gradient is not finite, on every rank; parameters are as before.
         """
         count = count_labels([batch.labels for batch in batches], self.mesh)
         share = torch.zeros((), dtype=torch.float64, device=self.mesh.device)

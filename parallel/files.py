@@ -28,7 +28,7 @@ def explained(error: Exception) -> str:
 
 @contextmanager
 def _one_sentence(failure: str, path: str | Path, remedy: str) -> Iterator[None]:
-    """Reword what the block raises; the error's own file name is more exact than ``path`` where it has one.
+    """Reword what the block raises; the error's own file name, of a rename the new one, is more exact than ``path``.
 
     Raises:
         OSError: ``FAILURE PATH: reason. REMEDY``.
@@ -38,7 +38,7 @@ def _one_sentence(failure: str, path: str | Path, remedy: str) -> Iterator[None]
     except (OSError, SafetensorError, UnicodeDecodeError) as error:
         if str(error).startswith(("cannot read", "cannot write")):
             raise
-        name = getattr(error, "filename", None) or path
+        name = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
         reason = getattr(error, "strerror", None) or error
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason
         raise OSError(f"{failure} {name}: {reason}. {remedy}") from error

@@ -88,7 +88,8 @@ class Mesh:
         if dp_size > 1 and cp_size > 1 and len(ranks) < dist.get_world_size():
             raise ValueError(
                 f"a mesh with both sizes above 1 needs all {dist.get_world_size()} ranks of the default group, got "
-                f"a group of {len(ranks)}: new groups are made by all of them together."
+                f"a group of {len(ranks)}: new groups are made by all of them together. "
+                "Pass group=None, or set one size to 1."
             )
         cp_group = _own_group(rows, dp_rank, world_group, timeout)
         dp_group = _own_group(columns, cp_rank, world_group, timeout)

@@ -131,8 +131,7 @@ def token_loss_sum(hidden: Tensor, output_weight: Tensor, labels: Tensor, *, chu
         chunk_tokens: tokens whose logits exist at a time. Default: so many that they take 128 MiB in fp32.
 
     Returns:
-        a scalar in fp32 (fp64 for fp64 inputs); its gradients have the dtypes of the inputs, sums are in
-        fp32.
+        a scalar in fp32 (fp64 for fp64 inputs); its gradients have the dtypes of the inputs, sums are in fp32.
     """
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
@@ -141,9 +140,8 @@ def token_loss_sum(hidden: Tensor, output_weight: Tensor, labels: Tensor, *, chu
         )
     if hidden.shape[-1] != output_weight.shape[-1] or hidden.dtype != output_weight.dtype:
         raise ValueError(
-            f"hidden and output_weight must agree in width and dtype: hidden {tuple(hidden.shape)} "
-            f"{hidden.dtype}, "
-            f"output_weight {tuple(output_weight.shape)} {output_weight.dtype}."
+            f"hidden and output_weight must agree in width and dtype: hidden {tuple(hidden.shape)} {hidden.dtype}, "
+            f"output_weight {tuple(output_weight.shape)} {output_weight.dtype}. Convert one to the other's."
         )
     if chunk_tokens is None:
         chunk_tokens = max(1, CHUNK_ELEMENTS // output_weight.shape[0])
