@@ -41,36 +41,48 @@ class LinearMixer(nn.Module):
     Args:
         config: the model; its ``mixer`` has this layer's options.
         layer: index in the model, which per-layer slopes depend on.
+        heads: the heads that this instance computes, where a host shards them over ranks: the host owns projections
+            and convolution and calls :meth:`mix`. None: all heads, from x to y.
+
+    Raises:
+        ValueError: some heads of a mixer whose output norm spans all of them.
     """
 
-    def __init__(self, config: ModelConfig, layer: int = 0, device=None, dtype=None):
+    def __init__(self, config: ModelConfig, layer: int = 0, device=None, dtype=None, *, heads: range | None = None):
         super().__init__()
-        mixer, dim, heads = config.mixer, config.dim, config.mixer_heads
-        self.options, self.heads = mixer, heads
+        mixer, dim, projects = config.mixer, config.dim, heads is None
+        self.options, self.heads = mixer, range(config.mixer_heads) if heads is None else heads
+        self.num_heads = config.mixer_heads
+        if mixer.out_norm in ("full_rms", "srms") and len(self.heads) < self.num_heads:
+            raise ValueError(
+                f"out_norm={mixer.out_norm!r} spans all {self.num_heads} heads, but this rank has {len(self.heads)} of "
+                "them. Use out_norm='head_rms', or keep all heads on one rank."
+            )
         self.key_dim, self.value_dim = config.key_dim, config.value_dim
         self.state_dim = feature_width(mixer.feature, self.key_dim, mixer.feature_dim)
         self.slope_factor = 1.0
         if mixer.per_layer_slopes:
             self.slope_factor = 1 - layer / max(config.num_layers - 1, 1) + 1e-5
-        widths = [heads * self.key_dim, heads * self.key_dim, heads * self.value_dim]
-        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width, device, dtype) for width in widths)
-        self.o_proj = Linear(widths[2], dim, device, dtype)
-        if mixer.conv_width:
+        widths = [len(self.heads) * width for width in (self.key_dim, self.key_dim, self.value_dim)]
+        if projects:
+            self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width, device, dtype) for width in widths)
+            self.o_proj = Linear(widths[2], dim, device, dtype)
+        if projects and mixer.conv_width:
             self.conv_weight = nn.Parameter(torch.empty(sum(widths), mixer.conv_width, device=device, dtype=dtype))
         self.feature_q, self.feature_k = (
             feature_map(mixer.feature, self.key_dim, mixer.feature_dim, device, dtype) for _ in "qk"
         )
         if mixer.gate is not None:
-            self.decay = DecayGate(config, self.state_dim, device, dtype)
+            self.decay = DecayGate(config, self.state_dim, len(self.heads), projects, device, dtype)
         if mixer.out_norm != "none":
             width = self.value_dim if mixer.out_norm == "head_rms" else widths[2]
             self.out_norm = RMSNorm(width, config.norm_eps, mixer.out_norm != "srms", device, dtype)
-        if mixer.out_gate != "none":
+        if projects and mixer.out_gate != "none":
             self.out_gate = low_rank(dim, widths[2], mixer.out_gate_rank, device, dtype)
 
     def init_parameters(self, generator: torch.Generator | None = None) -> None:
         """The convolution: normal, variance 1 / width."""
-        if self.options.conv_width:
+        if hasattr(self, "conv_weight"):
             init_normal(self.conv_weight, self.options.conv_width**-0.5, generator)
 
     @property
@@ -91,8 +103,32 @@ class LinearMixer(nn.Module):
         tail = None
         if self.options.conv_width:
             q, k, v, tail = self._convolve(q, k, v, cp, cache, keep_cache)
-        q, k = (z.unflatten(-1, (self.heads, self.key_dim)) for z in (q, k))
-        v = v.unflatten(-1, (self.heads, self.value_dim))
+        decay = self.decay.proj(x) if self.options.gate is not None else None
+        gate = self.out_gate(x) if self.options.out_gate != "none" else None
+        initial = None if cache is None else cache.state
+        o, state = self.mix(q, k, v, decay, gate, rotary, cp, initial_state=initial, output_final_state=keep_cache)
+        return self.o_proj(o), LinearCache(state, tail) if keep_cache else None
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        gate: Tensor | None,
+        rotary: Rotary,
+        cp: CPContext | None = None,
+        *,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What lies between the projections: q, k [B, T, h * K] and v [B, T, h * V] to o [B, T, h * V] and the state.
+
+        ``decay`` [B, T, h * width] and ``gate`` [B, T, h * V] are projected, not yet activated; None where the options
+        have none. k and v may have fewer heads than q.
+        """
+        q, k = (z.unflatten(-1, (-1, self.key_dim)) for z in (q, k))
+        v = v.unflatten(-1, (-1, self.value_dim))
         if self.rotary_dim is not None:
             q, k = (apply_rotary(z, *rotary[self.rotary_dim]) for z in (q, k))
         q, k = self.feature_q(q).to(v.dtype), self.feature_k(k).to(v.dtype)
@@ -102,14 +138,14 @@ class LinearMixer(nn.Module):
             q,
             k,
             v,
-            self._log_decay(x),
+            self._log_decay(q, decay),
             cp=cp,
             causal=self.options.causal,
             scale=1.0 if self.options.normaliser == "sum" else self.options.scale,
-            initial_state=None if cache is None else cache.state,
-            output_final_state=keep_cache,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
         )
-        return self.o_proj(self._finish(o, x)), LinearCache(state, tail) if keep_cache else None
+        return self._finish(o, gate), state
 
     def _convolve(self, q, k, v, cp, cache, keep_cache) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k and v side by side through one convolution: one halo. With a cache its inputs come first."""
@@ -123,18 +159,18 @@ class LinearMixer(nn.Module):
         tail = F.pad(mixed, (0, 0, past, 0))[:, -past:] if keep_cache else None  # zeros before the document
         return *y.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1), tail
 
-    def _log_decay(self, x: Tensor) -> Tensor | None:
-        """g <= 0: None, [H], [B, T, H] or [B, T, H, K]; fp32, fp64 when x is."""
+    def _log_decay(self, q: Tensor, decay: Tensor | None) -> Tensor | None:
+        """g <= 0: None, [h], [B, T, h] or [B, T, h, K]; fp32, fp64 when q is."""
         if self.options.decay == "none":
             return None
         if self.options.decay == "fixed":
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            slopes = fixed_log_decay(self.options.slopes, self.heads, x.device, dtype)
-            return slopes * self.slope_factor
-        return self.decay(x)
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            slopes = fixed_log_decay(self.options.slopes, self.num_heads, q.device, dtype) * self.slope_factor
+            return slopes[self.heads.start : self.heads.stop]
+        return self.decay(decay)
 
-    def _finish(self, o: Tensor, x: Tensor) -> Tensor:
-        """Divide, normalise and gate: o [B, T, H, V (+ 1)] to [B, T, H * V]."""
+    def _finish(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        """Divide, normalise and gate: o [B, T, h, V (+ 1)] to [B, T, h * V]."""
         if self.options.normaliser == "sum":
             numerator, denominator = o.to(torch.promote_types(o.dtype, torch.float32)).split([self.value_dim, 1], -1)
             o = (numerator / (denominator + NORMALISER_EPS)).to(o.dtype)
@@ -145,22 +181,22 @@ class LinearMixer(nn.Module):
             o = self.out_norm(o)
         if self.options.out_gate == "none":
             return o
-        gate = self.out_gate(x)
         return o * (F.silu(gate) if self.options.out_gate == "silu" else gate.sigmoid())
 
 
 class DecayGate(nn.Module):
-    """Log-decay from the token: [B, T, H] for decay="scalar", [B, T, H, K] for "channel". Always <= 0.
+    """Log-decay from the projected token: [B, T, H] for decay="scalar", [B, T, H, K] for "channel". Always <= 0.
 
-    The projection runs in the model's dtype, everything after it in fp32 (fp64 for fp64).
+    The projection, ``proj`` or the host's, runs in the model's dtype, everything here in fp32 (fp64 for fp64).
     """
 
-    def __init__(self, config: ModelConfig, state_dim: int, device=None, dtype=None):
+    def __init__(self, config: ModelConfig, state_dim: int, heads: int, projects: bool, device=None, dtype=None):
         super().__init__()
-        self.options, self.heads = config.mixer, config.mixer_heads
+        self.options, self.heads = config.mixer, heads
         self.width = state_dim if self.options.decay == "channel" else 1
         out = self.heads * self.width
-        self.proj = low_rank(config.dim, out, self.options.gate_rank, device, dtype)
+        if projects:
+            self.proj = low_rank(config.dim, out, self.options.gate_rank, device, dtype)
         self.bias = nn.Parameter(torch.empty(out, device=device, dtype=dtype))
         if self.options.gate == "mamba":
             self.A_log = nn.Parameter(torch.empty(self.heads, device=device, dtype=dtype))
@@ -180,9 +216,10 @@ class DecayGate(nn.Module):
             rate = torch.rand(self.A_log.shape, generator=generator, device=device, dtype=torch.float32)
             self.A_log.copy_(torch.log(1 + 15 * rate))
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        z = (self.proj(x).to(dtype) + self.bias.to(dtype)).unflatten(-1, (self.heads, self.width))
+    def forward(self, z: Tensor) -> Tensor:
+        """z [B, T, H * width], projected."""
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        z = (z.to(dtype) + self.bias.to(dtype)).unflatten(-1, (self.heads, self.width))
         if self.options.gate == "logsigmoid":
             g = F.logsigmoid(z) / (self.options.gate_tau or 16.0)
         else:

@@ -219,13 +219,40 @@ def test_width_of_based_and_rebased_features():
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 def test_gates_are_never_positive_and_fp32(gate, decay):
     config = make_config({"decay": decay, "gate": gate})
-    layer = DecayGate(config, 8, dtype=torch.bfloat16)
+    layer = DecayGate(config, 8, HEADS, True, dtype=torch.bfloat16)
     layer.init_parameters(torch.Generator().manual_seed(1))
     torch.nn.init.normal_(layer.proj.weight, std=100.0)  # saturates both ends
-    g = layer(torch.randn(4, 50, DIM).bfloat16())
+    g = layer(layer.proj(torch.randn(4, 50, DIM).bfloat16()))
     assert g.dtype == torch.float32
     assert g.shape == ((4, 50, HEADS) if decay == "scalar" else (4, 50, HEADS, 8))
     assert (g <= 0).all() and g.isfinite().all()
+
+
+@pytest.mark.parametrize("mixer", ["basic", "retnet", "gla"])
+def test_a_mixer_of_some_heads_is_that_part_of_the_whole_layer(mixer):
+    config = make_config(mixer)
+    whole, x = LinearMixer(config, LAYER, dtype=torch.float64), torch.randn(1, 12, DIM, dtype=torch.float64)
+    for p in whole.parameters():
+        torch.nn.init.normal_(p)
+    rotary = {config.key_dim: rotary_angles(torch.arange(12), config.key_dim, 10000.0, torch.float64)}
+    decay = whole.decay.proj(x) if whole.options.gate else None
+    gate = whole.out_gate(x) if whole.options.out_gate != "none" else None
+    projected = [whole.q_proj(x), whole.k_proj(x), whole.v_proj(x), decay, gate]
+    expected, _ = whole.mix(*projected, rotary)
+    shards = [None if z is None else z.chunk(HEADS, -1) for z in projected]
+    for head in range(HEADS):
+        part = LinearMixer(config, LAYER, dtype=torch.float64, heads=range(head, head + 1))
+        state = {name: p for name, p in whole.state_dict().items() if name in part.state_dict()}
+        if "decay.bias" in state:
+            state["decay.bias"] = state["decay.bias"].chunk(HEADS)[head]
+        part.load_state_dict(state)
+        o, _ = part.mix(*(None if z is None else z[head] for z in shards), rotary)
+        torch.testing.assert_close(o, expected.chunk(HEADS, -1)[head], rtol=1e-12, atol=1e-12)
+
+
+def test_a_norm_over_all_heads_refuses_some_of_them():
+    with pytest.raises(ValueError, match=r"out_norm='full_rms' spans all 2 heads, but this rank has 1.*head_rms"):
+        LinearMixer(make_config({"out_norm": "full_rms"}), heads=range(1))
 
 
 @pytest.mark.parametrize("slopes", ["alibi", "retnet"])
