@@ -2,8 +2,8 @@
 
 Forward + backward of lasp.linear_attention on one process, beside a straightforward chunked implementation that leaves
 the backward to autograd: same algebra, all chunks at once, states by a loop over chunks (unbind and stack: no slicing
-whose gradient would be quadratic). Each cell runs in its own process, ours and the baseline in turn; peak memory is the
-process's resident peak above its inputs. Medians of --repeats; these machines are noisy, so read the ratios.
+whose gradient would be quadratic). Times are medians over --seconds per cell, the two taking turns in one process;
+memory is the resident peak above the inputs, each in a process of its own. These machines are noisy: read the ratios.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lasp import linear_attention
 
+T = TypeVar("T")
 HEADS, DIM, CHUNK = 4, 64, 64
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
 
@@ -54,40 +57,60 @@ def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
     return linear_attention(q, k, v, g)[0]
 
 
+IMPLEMENTATIONS = {"ours": ours, "autograd": autograd_chunked}
+
+
 def resident(field: str) -> int:
     """VmRSS or VmHWM of this process, bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-def measure(name: str, gate: str, length: int, threads: int, repeats: int) -> tuple[list[float], int]:
-    """Seconds of forward + backward, and resident peak above the inputs, in this process."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
+def draw(gate: str, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """q, k, v, g and do."""
     q, k, v = (torch.randn(1, length, HEADS, DIM, requires_grad=True) for _ in range(3))
     g = None
     if gate == "token":
         g = torch.nn.functional.logsigmoid(torch.randn(1, length, HEADS) + 3).requires_grad_()
-    do = torch.randn(1, length, HEADS, DIM)
-    run = {"ours": ours, "autograd": autograd_chunked}[name]
+    return q, k, v, g, torch.randn(1, length, HEADS, DIM)
 
-    def step() -> float:
-        for x in (q, k, v, g):
-            if x is not None:
-                x.grad = None
-        started = time.perf_counter()
-        run(q, k, v, g).backward(do)
-        return time.perf_counter() - started
 
+def step(run: Callable, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, do: Tensor) -> float:
+    """Seconds of one forward + backward."""
+    for x in (q, k, v, g):
+        if x is not None:
+            x.grad = None
+    started = time.perf_counter()
+    run(q, k, v, g).backward(do)
+    return time.perf_counter() - started
+
+
+def times(gate: str, length: int, threads: int, seconds: float) -> dict[str, float]:
+    """Median seconds of each implementation: they take turns for ``seconds``, at least five times."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    inputs, measured = draw(gate, length), {name: [] for name in IMPLEMENTATIONS}
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(measured["ours"]) < 6:
+        for name, run in IMPLEMENTATIONS.items():
+            measured[name].append(step(run, *inputs))
+    return {name: statistics.median(x[1:]) for name, x in measured.items()}  # the first loads code and memory
+
+
+def peak(name: str, gate: str, length: int, threads: int) -> int:
+    """Resident peak above the inputs of one forward + backward, bytes."""
+    torch.set_num_threads(threads)
+    run = IMPLEMENTATIONS[name]
+    step(run, *draw(gate, 2 * CHUNK))  # loads code and starts threads: a constant that is not the operator's memory
+    inputs = draw(gate, length)
     Path("/proc/self/clear_refs").write_text("5")  # reset the resident peak
     before = resident("VmRSS")
-    step()
-    peak = resident("VmHWM") - before
-    return [step() for _ in range(repeats)], peak
+    step(run, *inputs)
+    return resident("VmHWM") - before
 
 
-def cell(*args) -> tuple[list[float], int]:
-    """:func:`measure` in a process of its own."""
+def apart(measure: Callable[..., T], *args) -> T:
+    """``measure(*args)`` in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure, args)
 
@@ -114,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gates", default="none,token")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = {**machine(), "threads": args.threads, "heads": HEADS, "dim": DIM, "rows": [], "slopes": {}}
@@ -124,13 +147,12 @@ def main() -> None:
         f"{'ours MiB':>9} {'autograd MiB':>13} {'memory':>7}"
     )
     for gate in args.gates.split(","):
-        times = {}
+        points = {}
         for length in LENGTHS:
             row = {"gate": gate, "length": length}
-            for name in ("ours", "autograd"):
-                seconds, peak = cell(name, gate, length, args.threads, args.repeats)
-                row |= {f"{name}_s": statistics.median(seconds), f"{name}_peak_bytes": peak}
-            times[length] = row["ours_s"]
+            row |= {f"{name}_s": x for name, x in apart(times, gate, length, args.threads, args.seconds).items()}
+            row |= {f"{name}_peak_bytes": apart(peak, name, gate, length, args.threads) for name in IMPLEMENTATIONS}
+            points[length] = row["ours_s"]
             report["rows"].append(row)
             print(
                 f"{gate:6} {length:6} {row['ours_s'] * 1e3:9.1f} {row['autograd_s'] * 1e3:12.1f} "
@@ -138,8 +160,8 @@ def main() -> None:
                 f"{row['autograd_peak_bytes'] / 2**20:13.1f} "
                 f"{row['ours_peak_bytes'] / row['autograd_peak_bytes']:6.2f}x"
             )
-        report["slopes"][gate] = slope(times)
-        print(f"{gate}: log-log slope of ours from {LENGTHS[0]} to {LENGTHS[-1]} tokens: {slope(times):.3f}")
+        report["slopes"][gate] = slope(points)
+        print(f"{gate}: log-log slope of ours from {LENGTHS[0]} to {LENGTHS[-1]} tokens: {slope(points):.3f}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=1) + "\n")
