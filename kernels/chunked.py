@@ -31,6 +31,7 @@ from lasp.kernels.state import StateMap, in_ieee, state_dtype, suffix_sum
 # Elements of one [B, H, n, C, D] temporary: a few of them should fit a CPU's cache, a GPU wants large launches.
 _TILE_ELEMENTS = {"cpu": 1 << 18}
 _TILE_ELEMENTS_DEVICE = 1 << 24
+_TILE_CHUNKS = (4, 64)  # at least, at most
 
 
 class _Chunked:
@@ -62,7 +63,8 @@ class _Chunked:
         widest = max(self.key_dim, self.value_dim, table.chunk_size)
         budget = _TILE_ELEMENTS.get(q.device.type, _TILE_ELEMENTS_DEVICE)
         chunks = budget // (self.batch * self.num_heads * table.chunk_size * widest)
-        self.tiles = table.tiles(max(4, min(64, chunks)))
+        least, most = _TILE_CHUNKS
+        self.tiles = table.tiles(max(least, min(most, chunks)))
 
     def gates(self, tile: Tile) -> Gates:
         """The decays of a tile."""
@@ -93,7 +95,7 @@ class _Chunked:
     def entered(self, i: int, entry: Tensor) -> Tensor:
         """What the entry state of the segment that runs into tile i left of itself, [B, H, K, V]."""
         state = entry[self.tiles[i].first]
-        return state if self.before is None else self.before[i].to(self.dtype).exp_().unsqueeze(-1) * state
+        return state if self.before is None else self.before[i].to(self.dtype).exp().unsqueeze(-1) * state
 
     def carry(self, i: int, entry: Tensor | None) -> Tensor:
         """The state carried into tile i."""
@@ -349,7 +351,7 @@ class Backward(_Chunked):
     def _arrived(self, i: int, d_exit: Tensor) -> Tensor:
         """What is left at tile i's end of the exit gradient of the segment that runs out of it, [B, H, K, V]."""
         grad, after = d_exit[self.tiles[i].last], self.after[i]
-        return grad if after is None else after.to(self.dtype).exp_().unsqueeze(-1) * grad
+        return grad if after is None else after.to(self.dtype).exp().unsqueeze(-1) * grad
 
     def _exits_out(self, i: int, gates: Gates, d_exit: Tensor, arrived: Tensor | None) -> Tensor:
         """What exit gradients add to the gradient of the state after each chunk of tile i, [B, H, n, K, V]."""

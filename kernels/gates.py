@@ -75,7 +75,7 @@ class Gates:
 
     def exp(self, difference: Tensor) -> Tensor:
         """exp of a difference of prefix sums, taken in float64, in the dtype of the states."""
-        return difference.to(self.dtype).exp_() if difference.dtype != self.dtype else difference.exp()
+        return difference.to(self.dtype).exp()
 
     def from_begin(self, x: Tensor) -> Tensor:
         """``x`` decayed from the beginning of its chunk to its token."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 
 from lasp import CPContext, SequenceLayout, linear_attention
+from lasp.kernels import chunked
 from lasp.kernels.reference import recurrence
 
 PACKED = (0, 13, 13, 14, 40, 61)  # an empty document, a one-token document, cuts that no chunk or rank respects
@@ -147,6 +149,12 @@ def worst(group, cases: list[Case], tolerance: float, device: str = "cpu") -> tu
             if not error <= tolerance:
                 lines.append(f"{case.label} {name}: {error:.2e}")
     return count, lines
+
+
+def worst_in_small_tiles(group, cases: list[Case], tolerance: float, chunks: int) -> tuple[int, list[str]]:
+    """:func:`worst` with so few chunks per tile that short sequences have many tiles, as long ones do."""
+    with mock.patch.object(chunked, "_TILE_CHUNKS", (chunks, chunks)):
+        return worst(group, cases, tolerance)
 
 
 def matrix(gates=GATES, layouts=("contiguous", "zigzag", "uneven")) -> list[Case]:

@@ -9,13 +9,20 @@ from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.kernels.reference import recurrence
 from lasp.linear import _announce
 from tests.harness import assert_close
-from tests.lasp.linear_cases import GATES, PACKED, Case, matrix, special, worst
+from tests.lasp.linear_cases import GATES, PACKED, Case, matrix, special, worst, worst_in_small_tiles
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_one_device_equals_the_reference(dtype, tolerance):
     cases = [replace(case, dtype=dtype) for case in matrix() + special()]
     count, failures = worst(None, cases, tolerance)
+    assert count > 200 and not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_states_travel_through_many_tiles(chunks):
+    cases = [replace(case, dtype=torch.float64) for case in matrix() + special()]
+    count, failures = worst_in_small_tiles(None, cases, 1e-12, chunks)
     assert count > 200 and not failures, "\n".join(failures)
 
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lasp import CPContext, SequenceLayout, comm, linear_attention
-from tests.lasp.linear_cases import GATES, Case, matrix, special, worst
+from tests.lasp.linear_cases import GATES, Case, matrix, special, worst, worst_in_small_tiles
 from tests.lasp.test_layout import layouts
 
 
@@ -27,6 +27,13 @@ def test_float64_is_exact_to_rounding(ranks):
     cases = [replace(c, dtype=torch.float64) for c in matrix(layouts=("zigzag", "uneven")) + special()]
     for _, failures in ranks.run(worst, cases, 1e-12, size=4):
         assert not failures, "\n".join(failures)
+
+
+def test_states_travel_through_many_tiles_and_ranks(ranks):
+    cases = [replace(c, dtype=torch.float64) for c in matrix() + special()]
+    for size, chunks in ((2, 1), (3, 2), (4, 1)):
+        for _, failures in ranks.run(worst_in_small_tiles, cases, 1e-12, chunks, size=size):
+            assert not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("gate", ["fixed", "token", "channel"])
