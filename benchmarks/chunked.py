@@ -3,7 +3,8 @@
 Forward + backward of lasp.linear_attention on one process, beside a straightforward chunked implementation that leaves
 the backward to autograd: same algebra, all chunks at once, states by a loop over chunks (unbind and stack: no slicing
 whose gradient would be quadratic). Times are medians over --seconds per cell, the two taking turns in one process;
-memory is the resident peak above the inputs, each in a process of its own. These machines are noisy: read the ratios.
+memory is the resident peak above the inputs, each in a process of its own whose allocator gives freed memory back at
+once, so that it is the peak of what is alive. These machines are noisy: read the ratios.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -58,6 +60,11 @@ def ours(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> Tensor:
 
 
 IMPLEMENTATIONS = {"ours": ours, "autograd": autograd_chunked}
+# glibc settings under which the resident peak is what is alive
+FREED_AT_ONCE = {
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
+}
 
 
 def resident(field: str) -> int:
@@ -109,10 +116,17 @@ def peak(name: str, gate: str, length: int, threads: int) -> int:
     return resident("VmHWM") - before
 
 
-def apart(measure: Callable[..., T], *args) -> T:
-    """``measure(*args)`` in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, args)
+def apart(measure: Callable[..., T], *args, **environment: str) -> T:
+    """``measure(*args)`` in a process of its own, with variables added to its environment."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(measure, args)
+    finally:
+        for name in environment:
+            os.environ.pop(name)
+        os.environ.update(before)
 
 
 def slope(points: dict[int, float]) -> float:
@@ -151,7 +165,8 @@ def main() -> None:
         for length in LENGTHS:
             row = {"gate": gate, "length": length}
             row |= {f"{name}_s": x for name, x in apart(times, gate, length, args.threads, args.seconds).items()}
-            row |= {f"{name}_peak_bytes": apart(peak, name, gate, length, args.threads) for name in IMPLEMENTATIONS}
+            for name in IMPLEMENTATIONS:
+                row[f"{name}_peak_bytes"] = apart(peak, name, gate, length, args.threads, **FREED_AT_ONCE)
             points[length] = row["ours_s"]
             report["rows"].append(row)
             print(

@@ -19,6 +19,7 @@ Tensors inside a tile are [B, H, n, C, D]: n chunks of C tokens. Lists of states
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,12 +39,12 @@ class _Chunked:
     """What forward and backward share: the inputs, the tiles, and the states that enter and run through them.
 
     Attributes:
-        carries: state carried into each tile when every entry state is zero, [tiles, B, H, K, V].
-        before: log-decay from the running segment's begin to each tile, float64 [tiles, b, H, a]; None without gates.
+        saved: what the forward keeps for the backward:
+            carries: state carried into each tile when every entry state is zero, [tiles, B, H, K, V];
+            borders: cumulative log-decay at each border of chunks, float64 [b, H, N + 1, a]; None without gates.
     """
 
-    carries: Tensor
-    before: Tensor | None
+    saved: tuple[Tensor, Tensor | None]
 
     def __init__(
         self,
@@ -64,7 +65,8 @@ class _Chunked:
         budget = _TILE_ELEMENTS.get(q.device.type, _TILE_ELEMENTS_DEVICE)
         chunks = budget // (self.batch * self.num_heads * table.chunk_size * widest)
         least, most = _TILE_CHUNKS
-        self.tiles = table.tiles(max(least, min(most, chunks)))
+        self.tiling = table.tiling(max(least, min(most, chunks, table.num_chunks // 4)))
+        self.tiles = self.tiling.tiles
 
     def gates(self, tile: Tile) -> Gates:
         """The decays of a tile."""
@@ -75,7 +77,7 @@ class _Chunked:
         x = x[:, tile.start : tile.stop]
         if tile.shape.gather is not None:
             x = x.index_select(1, tile.shape.gather).masked_fill_(tile.shape.padding, 0.0)
-        x = x.unflatten(1, (tile.shape.num_chunks, -1)).permute(0, 3, 1, 2, 4)  # [B, Hx, n, C, D]
+        x = x.view(x.shape[0], tile.shape.num_chunks, -1, *x.shape[2:]).permute(0, 3, 1, 2, 4)  # [B, Hx, n, C, D]
         if x.shape[1] < self.num_heads:
             x = x.repeat_interleave(self.num_heads // x.shape[1], 1)
         out = x.new_empty(x.shape, dtype=self.dtype)
@@ -92,30 +94,44 @@ class _Chunked:
         target = out[:, tile.start : tile.stop]
         target.add_(x) if add else target.copy_(x)
 
+    def decays(self, stops: Tensor, starts: Tensor) -> Tensor:
+        """Log-decays between borders of chunks, [len(stops), b, H, a]; only where there are gates."""
+        borders = self.saved[1]
+        return (borders.index_select(2, stops) - borders.index_select(2, starts)).permute(2, 0, 1, 3).to(self.dtype)
+
+    @cached_property
+    def _before(self) -> Tensor:
+        """Decay from the begin of the segment that runs into each tile to that tile, [tiles, b, H, a, 1]."""
+        return self.decays(self.tiling.starts, self.tiling.begins).exp_().unsqueeze(-1)
+
+    @cached_property
+    def _after(self) -> Tensor:
+        """Decay from each tile to the end of the segment that runs out of it, [tiles, b, H, a, 1]."""
+        return self.decays(self.tiling.ends, self.tiling.stops).exp_().unsqueeze(-1)
+
     def entered(self, i: int, entry: Tensor) -> Tensor:
         """What the entry state of the segment that runs into tile i left of itself, [B, H, K, V]."""
         state = entry[self.tiles[i].first]
-        return state if self.before is None else self.before[i].to(self.dtype).exp().unsqueeze(-1) * state
+        return state if self.g is None else self._before[i] * state
 
     def carry(self, i: int, entry: Tensor | None) -> Tensor:
         """The state carried into tile i."""
-        if entry is None or not self.tiles[i].shape.enters:
-            return self.carries[i]
-        return self.carries[i] + self.entered(i, entry)
+        carried = self.saved[0][i]
+        return carried if entry is None or not self.tiles[i].shape.enters else carried + self.entered(i, entry)
 
-    def added_states(self, i: int, gates: Gates, k_end: Tensor, v: Tensor) -> Tensor:
+    def added_states(self, i: int, gates: Gates, k_end: Tensor, v: Tensor, carried: Tensor) -> Tensor:
         """What each chunk of tile i adds to the state after it [B, H, n, K, V], with what is carried into the tile."""
         added = k_end.transpose(-1, -2) @ v
         if self.tiles[i].shape.enters:
-            added[:, :, 0] += gates.through(0, self.carries[i])
+            gates.add_through(0, added, carried)
         return added
 
-    def states_in(self, i: int, gates: Gates, added: Tensor) -> Tensor:
+    def states_in(self, i: int, gates: Gates, added: Tensor, carried: Tensor) -> Tensor:
         """The state before each chunk of tile i when every entry state is zero, [B, H, n, K, V]."""
         shape = self.tiles[i].shape
         states = gates.move(shape.route("in"), added)
         if shape.enters:
-            states[:, :, 0] = self.carries[i]
+            states[:, :, 0] = carried
         return states
 
     def entries_in(self, i: int, gates: Gates, entry: Tensor) -> Tensor:
@@ -153,32 +169,26 @@ class Forward(_Chunked):
         """
         shape = (self.batch, self.num_heads, self.key_dim, self.value_dim)
         carried = self.q.new_zeros(shape, dtype=self.dtype)
-        before: Tensor | None = None  # log-decay from the running segment's begin to the tile, float64 [b, H, a]
-        self.carries = self.q.new_empty((len(self.tiles), *shape), dtype=self.dtype)
+        carries = self.q.new_empty((len(self.tiles), *shape), dtype=self.dtype)
         if local:
             self._make_output()
-        befores, states, decays = [], [], []
+        states, totals = [], []
         for i, tile in enumerate(self.tiles):
             gates = self.gates(tile)
             k, v = self.load(self.k, tile), self.load(self.v, tile)
-            self.carries[i] = carried
-            added = self.added_states(i, gates, gates.to_end(k), v)
+            carries[i] = carried
+            added = self.added_states(i, gates, gates.to_end(k), v, carried)
+            if self.g is not None:
+                totals.append(gates.totals)
+            if local and self.causal:
+                self._output(i, gates, k, v, added, carried)
             exits = gates.move(tile.shape.route("exit"), added)
             carried = exits[:, :, -1]
-            num_ended = tile.ended[1] - tile.ended[0]
-            states.append(exits[:, :, :num_ended])
-            if gates.positions is not None:
-                before = torch.zeros_like(gates.positions[:, :, 0]) if before is None else before
-                befores.append(before)
-                lengths = _run_decays(tile, gates.positions, before)
-                decays.append(lengths[:, :, :num_ended])
-                before = lengths[:, :, -1]
-            if local and self.causal:
-                self._output(i, gates, k, v, added)
-        self.before = torch.stack(befores) if befores else None
+            states.append(exits[:, :, : tile.ended[1] - tile.ended[0]])
+        borders = torch.nn.functional.pad(torch.cat(totals, 2).cumsum(2), (0, 0, 1, 0)) if totals else None
+        self.saved = carries, borders
         state = torch.cat(states, 2).permute(2, 0, 1, 3, 4)
-        decay = None if not decays else torch.cat(decays, 2).permute(2, 0, 1, 3).to(self.dtype)
-        return StateMap(state, decay)
+        return StateMap(state, None if borders is None else self.decays(self.table.ends, self.table.begins))
 
     @in_ieee
     def local(self) -> None:
@@ -187,21 +197,21 @@ class Forward(_Chunked):
         if not self.causal:
             return
         for i, tile in enumerate(self.tiles):
-            gates = self.gates(tile)
+            gates, carried = self.gates(tile), self.saved[0][i]
             k, v = self.load(self.k, tile), self.load(self.v, tile)
-            self._output(i, gates, k, v, self.added_states(i, gates, gates.to_end(k), v))
+            self._output(i, gates, k, v, self.added_states(i, gates, gates.to_end(k), v, carried), carried)
 
     def _make_output(self) -> None:
         make = self.q.new_empty if self.causal else self.q.new_zeros
         self.o = make((self.batch, self.q.shape[1], self.num_heads, self.value_dim), dtype=self.dtype)
 
-    def _output(self, i: int, gates: Gates, k: Tensor, v: Tensor, added: Tensor) -> None:
+    def _output(self, i: int, gates: Gates, k: Tensor, v: Tensor, added: Tensor, carried: Tensor) -> None:
         q = self.load(self.q, self.tiles[i], self.scale)
         if gates.per_channel:
             scores = diagonal.scores(q, k, gates.log_decay)
         else:
             scores = gates.mask(q @ k.transpose(-1, -2))
-        o = add_product(scores @ v, gates.from_begin(q), self.states_in(i, gates, added))
+        o = add_product(scores @ v, gates.from_begin(q), self.states_in(i, gates, added, carried))
         self.store(self.o, self.tiles[i], o)
 
     @in_ieee
@@ -226,16 +236,16 @@ class Backward(_Chunked):
 
     Args:
         q, k, v, g, table, causal, scale: as given to the forward.
-        carries, before: attributes of the forward.
+        saved: attribute of the forward.
         entry: as given to :meth:`Forward.finish`.
         exits: state after each segment [segments, B, H, K, V].
         do: gradient of the output [B, T, H, V].
         needs_dg: whether the gradient of ``g`` is asked for.
     """
 
-    def __init__(self, q, k, v, g, table, causal, scale, *, carries, before, entry, exits, do, needs_dg):
+    def __init__(self, q, k, v, g, table, causal, scale, *, saved, entry, exits, do, needs_dg):
         super().__init__(q, k, v, g, table, causal, scale)
-        self.carries, self.before, self.entry, self.exits, self.do = carries, before, entry, exits, do
+        self.saved, self.entry, self.exits, self.do = saved, entry, exits, do
         self.needs_dg = needs_dg and g is not None
 
     @in_ieee
@@ -245,26 +255,18 @@ class Backward(_Chunked):
         ``local``: do the work of :meth:`local` in the same pass, for when no exchange is to be overlapped.
         """
         carried = self.exits.new_zeros(self.exits.shape[1:])
-        after: Tensor | None = None  # log-decay from the tile's end to the running segment's end, float64 [b, H, a]
-        count = len(self.tiles)
-        self.d_carries: list[Tensor] = [carried] * count  # carried into each tile from later ones, [B, H, K, V]
-        self.after: list[Tensor | None] = [None] * count
+        self.d_carries = [carried] * len(self.tiles)  # carried into each tile from later ones, [B, H, K, V]
         if local:
             self._make_grads()
         grads = []
         for i, tile in reversed(list(enumerate(self.tiles))):
             gates = self.gates(tile)
             q, do = self.load(self.q, tile), self.load(self.do, tile, self.scale)
-            self.d_carries[i], self.after[i] = carried, after
+            self.d_carries[i] = carried
             added = self._added_grads(i, gates, q, do)
-            begins = gates.move(tile.shape.route("begin", reverse=True), added, reverse=True)
+            begins = gates.move(tile.shape.route("begin", reverse=True), added)
             carried = begins[:, :, -1]
             grads.append(begins[:, :, : tile.begun[1] - tile.begun[0]])
-            if gates.positions is not None:
-                first_exit = tile.shape.route("exit").reads[:1]
-                reach = gates.positions.index_select(2, first_exit).squeeze(2)
-                ends_here = tile.ended[1] > tile.ended[0]
-                after = reach if ends_here or after is None else reach + after
             if local:
                 self._local_grads(i, gates, q, do, added)
         return torch.cat(grads[::-1], 2).permute(2, 0, 1, 3, 4)
@@ -282,7 +284,7 @@ class Backward(_Chunked):
         """What each chunk adds to the gradient of the state before it [B, H, n, K, V], with what is carried in."""
         added = gates.from_begin(q).transpose(-1, -2) @ do
         if self.tiles[i].shape.leaves:
-            added[:, :, -1] += gates.through(-1, self.d_carries[i])
+            gates.add_through(-1, added, self.d_carries[i])
         return added
 
     def _make_grads(self) -> None:
@@ -301,10 +303,11 @@ class Backward(_Chunked):
         k, v = self.load(self.k, tile), self.load(self.v, tile)
         dq, dk, dv = self._within(gates, q, k, v, do)
         k_end = gates.to_end(k)
-        states = self.states_in(i, gates, self.added_states(i, gates, k_end, v))
+        carried = self.saved[0][i]
+        states = self.states_in(i, gates, self.added_states(i, gates, k_end, v, carried), carried)
         if self.entry is not None:
             states += self.entries_in(i, gates, self.entry)
-        grads = gates.move(tile.shape.route("out", reverse=True), added, reverse=True)
+        grads = gates.move(tile.shape.route("out", reverse=True), added)
         if tile.shape.leaves:
             grads[:, :, -1] = self.d_carries[i]
         self.store(self.dq, tile, gates.add_from_begin(dq, do, states.transpose(-1, -2)))
@@ -350,8 +353,8 @@ class Backward(_Chunked):
 
     def _arrived(self, i: int, d_exit: Tensor) -> Tensor:
         """What is left at tile i's end of the exit gradient of the segment that runs out of it, [B, H, K, V]."""
-        grad, after = d_exit[self.tiles[i].last], self.after[i]
-        return grad if after is None else after.to(self.dtype).exp().unsqueeze(-1) * grad
+        grad = d_exit[self.tiles[i].last]
+        return grad if self.g is None else self._after[i] * grad
 
     def _exits_out(self, i: int, gates: Gates, d_exit: Tensor, arrived: Tensor | None) -> Tensor:
         """What exit gradients add to the gradient of the state after each chunk of tile i, [B, H, n, K, V]."""
@@ -360,7 +363,7 @@ class Backward(_Chunked):
             return _by_chunk(d_exit, tile)
         sources = [] if arrived is None else [arrived.unsqueeze(2)]
         sources.append(d_exit[slice(*tile.ended)].permute(1, 2, 0, 3, 4))
-        return gates.move(tile.shape.route("out", entries=True, reverse=True), torch.cat(sources, 2), reverse=True)
+        return gates.move(tile.shape.route("out", entries=True, reverse=True), torch.cat(sources, 2))
 
     def _gate_grad(self, i: int, gate: Tensor, d_carried: Tensor | None, d_exit: Tensor | None) -> Tensor:
         """dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + <S, dS> at the segment's end or the tile's, whichever is first.
@@ -389,15 +392,6 @@ class Backward(_Chunked):
 def num_heads(*tensors: Tensor | None) -> int:
     """H: the largest head count among q, k, v, g, beta."""
     return max(x.shape[0] if x.dim() == 1 else x.shape[2] for x in tensors if x is not None)
-
-
-def _run_decays(tile: Tile, positions: Tensor, before: Tensor) -> Tensor:
-    """Log-decay from each exit read's segment begin to the read, float64 [b, H, R, a]."""
-    exits, begins = tile.shape.route("exit").reads, tile.shape.route("begin").reads
-    origin = positions.index_select(2, begins)[:, :, : tile.begun[1] - tile.begun[0]]
-    if tile.shape.enters:  # the first read's segment began earlier
-        origin = torch.cat([-before.unsqueeze(2), origin], 2)
-    return positions.index_select(2, exits) - origin
 
 
 def _by_chunk(states: Tensor, tile: Tile) -> Tensor:

@@ -52,30 +52,34 @@ class Gates:
         """Whether every key channel has a decay of its own."""
         return self.log_decay is not None and self.log_decay.shape[-1] > 1
 
+    @property
+    def totals(self) -> Tensor:
+        """Log-decay over each whole chunk, float64 [b, H, n, a]."""
+        return self.log_decay[..., -1, :].expand(-1, -1, self.tile.shape.num_chunks, -1)
+
     @cached_property
-    def positions(self) -> Tensor | None:
-        """X: cumulative log-decay from the tile's start to each position, float64 [b, H, n + 1, a]."""
-        if self.log_decay is None:
-            return None
-        totals = self.log_decay[..., -1, :].expand(-1, -1, self.tile.shape.num_chunks, -1)
-        return torch.nn.functional.pad(totals.cumsum(-2), (0, 0, 1, 0))
+    def _spans(self) -> Tensor:
+        """Decay between any two positions of the tile, later * (n + 1) + earlier: [b, H, (n + 1)^2, a]."""
+        at = torch.nn.functional.pad(self.totals.cumsum(-2), (0, 0, 1, 0))
+        spans = (at.unsqueeze(3) - at.unsqueeze(2)).clamp_(max=0.0)  # the other way around: any finite value
+        return self._exp(spans).flatten(2, 3)
 
     @cached_property
     def _begin(self) -> Tensor:
-        return self.exp(self.log_decay)
+        return self.log_decay.to(self.dtype).exp()
 
     @cached_property
     def _end(self) -> Tensor:
-        return self.exp(self.log_decay[..., -1:, :] - self.log_decay)
+        return self._exp(self.log_decay[..., -1:, :] - self.log_decay)
 
     @cached_property
     def _between(self) -> Tensor:
         """exp(G_i - G_j) for j <= i, else 0: [b, H, n', C, C]."""
-        return self.exp(self.log_decay - self.log_decay.transpose(-1, -2)).tril_()
+        return self._exp(self.log_decay - self.log_decay.transpose(-1, -2)).tril_()
 
-    def exp(self, difference: Tensor) -> Tensor:
-        """exp of a difference of prefix sums, taken in float64, in the dtype of the states."""
-        return difference.to(self.dtype).exp()
+    def _exp(self, difference: Tensor) -> Tensor:
+        """exp of a difference of prefix sums, in the dtype of the states; overwrites its argument."""
+        return difference.to(self.dtype).exp_()
 
     def from_begin(self, x: Tensor) -> Tensor:
         """``x`` decayed from the beginning of its chunk to its token."""
@@ -97,22 +101,25 @@ class Gates:
         """``x + to_end(a @ b)`` in place, for x [..., C, D] without gaps."""
         return add_product(x, a, b) if self.log_decay is None else x.addcmul_(a @ b, self._end)
 
-    def through(self, chunk: int, state: Tensor) -> Tensor:
-        """``state`` [B, H, K, V] decayed over the whole of the first (0) or the last (-1) chunk."""
-        return state if self.log_decay is None else self.exp(self.log_decay[:, :, chunk, -1]).unsqueeze(-1) * state
-
-    def move(self, route: Route, states: Tensor, *, reverse: bool = False) -> Tensor:
-        """States [B, H, R, K, V] at the route's reads from its sources' [B, H, S, K, V], each decayed on its way."""
-        reached = route.reached.to(self.dtype)
+    def add_through(self, chunk: int, states: Tensor, carried: Tensor) -> None:
+        """Add to chunk 0's or chunk -1's of states [B, H, n, K, V] what is left of ``carried`` after that chunk."""
+        state, last = states.select(2, chunk), self.tile.shape.num_chunks
         if self.log_decay is None:
-            return (reached @ states.flatten(-2)).unflatten(-1, states.shape[-2:])
-        reads, origins = self.positions.index_select(2, route.reads), self.positions.index_select(2, route.sources)
-        distance = reads.unsqueeze(3) - origins.unsqueeze(2)  # [b, H, R, S, a]
-        distance = (-distance if reverse else distance).clamp_(max=0.0)  # unreached pairs: any finite value
-        weights = self.exp(distance) * reached.unsqueeze(-1)
-        if weights.shape[-1] == 1:
-            return (weights.squeeze(-1) @ states.flatten(-2)).unflatten(-1, states.shape[-2:])
-        return torch.einsum("bhrsk,bhskv->bhrkv", weights.expand(states.shape[0], -1, -1, -1, -1), states)
+            state.add_(carried)
+        else:
+            decay = self._spans.select(2, last + 1 if chunk == 0 else last * (last + 2) - 1)
+            state.addcmul_(carried, decay.unsqueeze(-1))
+
+    def move(self, route: Route, states: Tensor) -> Tensor:
+        """States [B, H, R, K, V] at the route's reads from its sources' [B, H, S, K, V], each decayed on its way."""
+        weights = route.reached.to(self.dtype)
+        if self.log_decay is not None:
+            decays = self._spans.index_select(2, route.pairs)
+            if decays.shape[-1] > 1:
+                decays = decays.unflatten(2, weights.shape) * weights.unsqueeze(-1)
+                return torch.einsum("bhrsk,bhskv->bhrkv", decays.expand(states.shape[0], -1, -1, -1, -1), states)
+            weights = decays.view(*decays.shape[:2], *weights.shape) * weights
+        return (weights @ states.flatten(-2)).unflatten(-1, states.shape[-2:])
 
 
 def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

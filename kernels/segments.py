@@ -22,12 +22,11 @@ class Route:
     """Which sources reach which reads inside a tile.
 
     Attributes:
-        reads, sources: positions, int64 [R] and [S].
-        reached: 1 where a source reaches a read, else 0, float64 [R, S].
+        pairs: later * (n + 1) + earlier, of the two positions between which each state travels, int64 [R * S].
+        reached: 1 where a source reaches a read, else 0, float32 [R, S].
     """
 
-    reads: Tensor
-    sources: Tensor
+    pairs: Tensor
     reached: Tensor
 
 
@@ -110,10 +109,11 @@ class TileShape:
         else:
             sources = carried_in + begin if entries else after
         reached = [[float(s == t and (q >= p if reverse else q <= p)) for q, t in sources] for p, s in wanted]
+        size = self.num_chunks + 1
+        pairs = [q * size + p if reverse else p * size + q for p, _ in wanted for q, _ in sources]
         return Route(
-            torch.tensor([p for p, _ in wanted], dtype=torch.int64, device=self.device),
-            torch.tensor([p for p, _ in sources], dtype=torch.int64, device=self.device),
-            torch.tensor(reached, dtype=torch.float64, device=self.device).view(len(wanted), len(sources)),
+            torch.tensor(pairs, dtype=torch.int64, device=self.device),
+            torch.tensor(reached, dtype=torch.float32, device=self.device).view(len(wanted), len(sources)),
         )
 
 
@@ -137,6 +137,24 @@ class Tile:
     shape: TileShape
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """All tiles, and where they lie among the borders of a rank's chunks (0..N for N chunks), int64 on the device.
+
+    Attributes:
+        tiles: in local order.
+        starts, stops: border before and after each tile [tiles].
+        begins: border where the segment of a tile's first chunk begins [tiles].
+        ends: border where the segment of a tile's last chunk ends [tiles].
+    """
+
+    tiles: tuple[Tile, ...]
+    starts: Tensor
+    stops: Tensor
+    begins: Tensor
+    ends: Tensor
+
+
 class SegmentTable:
     """Chunks and tiles of one rank's segments on one device.
 
@@ -144,6 +162,10 @@ class SegmentTable:
         bounds: ``(start, stop)`` of each segment in local tokens: consecutive, none empty.
         device: where the tables live.
         chunk_size: tokens per chunk, a power of two. Default: up to 64, smaller where segments are short.
+
+    Attributes:
+        num_chunks: N.
+        begins, ends: chunk border where each segment begins and ends, int64 [segments].
     """
 
     def __init__(self, bounds: Sequence[tuple[int, int]], device: torch.device, chunk_size: int | None = None):
@@ -157,17 +179,25 @@ class SegmentTable:
             for s, (start, stop) in enumerate(self.bounds)
             for at in range(start, stop, chunk_size)
         ]
-        self._tiles: dict[int, tuple[Tile, ...]] = {}
+        self.num_chunks = len(self._chunks)
+        self._begins = [i for i, (s, start, _) in enumerate(self._chunks) if start == self.bounds[s][0]]
+        self._ends = [*self._begins[1:], self.num_chunks]
+        self.begins, self.ends = self._index(self._begins), self._index(self._ends)
+        self._tilings: dict[int, Tiling] = {}
         self._shapes: dict[tuple, TileShape] = {}
 
-    def tiles(self, chunks_per_tile: int) -> tuple[Tile, ...]:
-        """The tiles of up to ``chunks_per_tile`` chunks each, in local order."""
-        if chunks_per_tile not in self._tiles:
-            groups = range(0, len(self._chunks), chunks_per_tile)
-            self._tiles[chunks_per_tile] = tuple(
-                self._make_tile(self._chunks[lo : lo + chunks_per_tile]) for lo in groups
-            )
-        return self._tiles[chunks_per_tile]
+    def tiling(self, chunks_per_tile: int) -> Tiling:
+        """The tiles of up to ``chunks_per_tile`` chunks each."""
+        if chunks_per_tile not in self._tilings:
+            starts = range(0, self.num_chunks, chunks_per_tile)
+            stops = [min(at + chunks_per_tile, self.num_chunks) for at in starts]
+            tiles = tuple(self._make_tile(self._chunks[a:b]) for a, b in zip(starts, stops, strict=True))
+            begins, ends = [self._begins[tile.first] for tile in tiles], [self._ends[tile.last] for tile in tiles]
+            self._tilings[chunks_per_tile] = Tiling(tiles, *map(self._index, (starts, stops, begins, ends)))
+        return self._tilings[chunks_per_tile]
+
+    def _index(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self.device)
 
     def _make_tile(self, chunks: list[tuple[int, int, int]]) -> Tile:
         first, last = chunks[0][0], chunks[-1][0]

@@ -104,7 +104,7 @@ class _LinearAttention(torch.autograd.Function):
         o = op.finish(entry, _marked(plan.before, plan.begins if initial is not None else (), causal))
 
         ctx.exchange, ctx.options = exchange, (causal, scale)
-        ctx.save_for_backward(q, k, v, g, maps.state, maps.log_decay, entry, op.carries, op.before)
+        ctx.save_for_backward(q, k, v, g, maps.state, maps.log_decay, entry, *op.saved)
         ctx.initial_dtype = None if initial is None else initial_state.dtype
         return o, None if finals is None else _public_state(finals, cp)
 
@@ -112,14 +112,13 @@ class _LinearAttention(torch.autograd.Function):
     @once_differentiable
     @in_ieee
     def backward(ctx, do, d_final):
-        q, k, v, g, state, log_decay, entry, carries, before = ctx.saved_tensors
+        q, k, v, g, state, log_decay, entry, *saved = ctx.saved_tensors
         (causal, scale), exchange, maps = ctx.options, ctx.exchange, StateMap(state, log_decay)
         cp, plan = exchange.cp, exchange.plan
         exits = state if entry is None or not causal else transition(maps, entry) + state
         d_final = None if d_final is None else _by_document(d_final, cp, state.dtype)
-        saved = {"carries": carries, "before": before, "entry": entry, "exits": exits, "do": do}
-        saved["needs_dg"] = ctx.needs_input_grad[3]
-        op = Backward(q, k, v, g, cp.segment_table(q.device), causal, scale, **saved)
+        known = {"saved": saved, "entry": entry, "exits": exits, "do": do, "needs_dg": ctx.needs_input_grad[3]}
+        op = Backward(q, k, v, g, cp.segment_table(q.device), causal, scale, **known)
 
         grads = op.state_maps(local=cp.cp_size == 1)
         exchange.start_backward(grads, d_final)
