@@ -171,7 +171,9 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        for key, built in (("backend", "native"), ("engine", "ddp"), ("tp_size", 1), ("pp_size", 1)):
+        if self.engine not in ("ddp", "fsdp2"):
+            raise ValueError(f"engine={self.engine} is not built yet; use engine=ddp or engine=fsdp2.")
+        for key, built in (("backend", "native"), ("tp_size", 1), ("pp_size", 1)):
             if getattr(self, key) != built:
                 raise ValueError(f"{key}={getattr(self, key)} is not built yet; use {key}={built}.")
         if self.launcher == "ray":

@@ -21,14 +21,14 @@ from torch.distributed import Store
 
 from lasp.launch import run_dir
 from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
-from lasp.launch.generate import sample_text
+from lasp.launch.generate import load_model, sample_text
 from lasp.launch.rendezvous import Job, choose_device, process_group
 from lasp.launch.report import METRICS, PLOT, Report, peak_memory_bytes
 from lasp.launch.schema import RunConfig
 from lasp.launch.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from lasp.model import LinearLlama
 from lasp.parallel import checkpoint as checkpoints
-from lasp.parallel.engine import DataParallelEngine, OptimizerSettings
+from lasp.parallel.engine import Engine, OptimizerSettings, build_engine
 from lasp.parallel.mesh import Mesh
 
 
@@ -73,7 +73,7 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
 
     # Model and engine: the same initial values at every number of ranks.
     model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed)).to(mesh.device)
-    engine = DataParallelEngine(model, mesh, _optimizer_settings(config), config.torch_dtype)
+    engine = build_engine(config.engine, model, mesh, _optimizer_settings(config), config.torch_dtype)
     position, notes = _resume(config, engine, mesh, tokenizer, store)
 
     report = Report(config, engine.step_count, active=mesh.is_first)
@@ -127,9 +127,10 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
     peaks = mesh.gather(peak_memory_bytes())
     report.plot()
     report.table("summary", _summary(config, engine, report, plan, first_step, elapsed, peaks))
-    if mesh.is_first and config.log.sample_tokens and not stopping_early:
+    if mesh.is_first and config.log.sample_tokens and saved and not stopping_early:
         prompt = file.document(int((held_out if len(held_out) else learn)[0]), 0).tolist()[:48]
-        text = sample_text(model, tokenizer, prompt, config.log.sample_tokens, seed=config.seed)
+        trained = load_model(saved)[0].to(mesh.device, config.torch_dtype)
+        text = sample_text(trained, tokenizer, prompt, config.log.sample_tokens, seed=config.seed)
         report.say(f"\nsample\n{_printable(text)}")
 
 
@@ -147,7 +148,7 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def _resume(
-    config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: Tokenizer, store: Store | None
+    config: RunConfig, engine: Engine, mesh: Mesh, tokenizer: Tokenizer, store: Store | None
 ) -> tuple[int, list[str]]:
     """Continue from a checkpoint if there is one: the data position, and what the user should know.
 
@@ -165,8 +166,7 @@ def _resume(
         if not found:
             notes.extend(run_dir.claim(config, None, store))
             return None
-        shapes = {name: tuple(x.shape) for name, x in engine.model_tensors().items()}
-        checkpoints.check_same_model(found[0], _architecture(config), shapes)
+        checkpoints.check_same_model(found[0], _architecture(config), engine.shapes)
         _check_same_tokenizer(found[0], tokenizer)
         notes.extend(_changes(found[0].state["config"], config.portable()))
         notes.extend(run_dir.claim(config, found[0], store))
@@ -211,7 +211,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"this run differs from its checkpoint: {', '.join(changed)}"] if changed else []
 
 
-def _save(config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: Tokenizer, position: int) -> str:
+def _save(config: RunConfig, engine: Engine, mesh: Mesh, tokenizer: Tokenizer, position: int) -> str:
     """Write a checkpoint from the first rank; every rank learns whether it worked."""
     model = _architecture(config)
     state = {
@@ -225,12 +225,12 @@ def _save(config: RunConfig, engine: DataParallelEngine, mesh: Mesh, tokenizer: 
         "config": config.portable(),
     }
     content = tokenizer.to_json()
+    tensors = {
+        "model": engine.model_tensors(),
+        "optimizer": {**engine.optimizer_tensors(), "random_state": torch.get_rng_state()},
+    }
 
     def write() -> str:
-        tensors = {
-            "model": engine.model_tensors(),
-            "optimizer": {**engine.optimizer_tensors(), "random_state": torch.get_rng_state()},
-        }
         extras = {} if content is None else {"tokenizer.json": content}
         directory, keep = config.run_dir / "checkpoints", config.checkpoint.keep
         return str(checkpoints.save(directory, engine.step_count, tensors, state, keep=keep, extras=extras))
@@ -246,7 +246,7 @@ def _last_good(config: RunConfig) -> str:
 def _derived(
     config: RunConfig,
     mesh: Mesh,
-    engine: DataParallelEngine,
+    engine: Engine,
     plan: DataPlan,
     stream: PackedStream,
     documents: int,
@@ -270,7 +270,7 @@ def _derived(
 
 def _summary(
     config: RunConfig,
-    engine: DataParallelEngine,
+    engine: Engine,
     report: Report,
     plan: DataPlan,
     first_step: int,

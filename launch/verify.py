@@ -27,7 +27,7 @@ from lasp.launch.tokenizer import load_tokenizer
 from lasp.layout import SequenceLayout
 from lasp.model import LinearLlama
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.objective import Batch, count_labels, evaluate, loss_share, reduce_gradients
+from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate, reduce_gradients
 
 FACTOR = 4.0  # how much more rounding another order of summation may cost
 UNITS = 16.0  # units in the last place of a tensor's largest value that are always allowed
@@ -58,7 +58,7 @@ def trace_step(model: nn.Module, batch: Batch, eval_batches: list[Batch], mesh: 
     ]
     try:
         count = count_labels([batch.labels], mesh)
-        loss = loss_share(model(batch.tokens, batch.cp), model.output_weight, batch.labels, count)
+        loss = LossModel(model)(batch) / count
         loss.backward()
     finally:
         for hook in hooks:
@@ -70,7 +70,7 @@ def trace_step(model: nn.Module, batch: Batch, eval_batches: list[Batch], mesh: 
     trace["grad_norm"] = torch.stack([g.double().norm() for g in gradients.values()]).norm().reshape(1)
     model.zero_grad()
     if eval_batches:
-        value = evaluate(lambda b: model(b.tokens, b.cp), model.output_weight, eval_batches, mesh)
+        value = evaluate(LossModel(model), eval_batches, mesh)
         if value is not None:
             trace["eval_loss"] = torch.tensor([value], dtype=torch.float64)
     return {name: value.cpu().contiguous() for name, value in trace.items()}

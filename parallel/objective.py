@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lasp.context import CPContext
@@ -91,9 +91,20 @@ def count_labels(labels: Sequence[Tensor], mesh: Mesh) -> Tensor:
     return count
 
 
-def loss_share(hidden: Tensor, output_weight: Tensor, labels: Tensor, count: Tensor) -> Tensor:
-    """This rank's share of the loss; its backward gives this rank's share of the gradient."""
-    return token_loss_sum(hidden, output_weight, labels) / count
+class LossModel(nn.Module):
+    """A model with its loss on top: all that reads parameters is inside one forward, as sharded parameters need it.
+
+    Args:
+        model: called as ``model(tokens, cp)`` for hidden states; ``output_weight`` is its projection [vocab, dim].
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum of the token losses of this rank's part of a batch, a scalar in fp32 (fp64 for fp64 models)."""
+        return token_loss_sum(self.model(batch.tokens, batch.cp), self.model.output_weight, batch.labels)
 
 
 def reduce_gradients(buffers: Iterable[Tensor], mesh: Mesh, bucket_elements: int = 2**24) -> None:
@@ -104,19 +115,17 @@ def reduce_gradients(buffers: Iterable[Tensor], mesh: Mesh, bucket_elements: int
 
 
 @torch.no_grad()
-def evaluate(
-    forward: Callable[[Batch], Tensor], output_weight: Tensor, batches: Iterable[Batch], mesh: Mesh
-) -> float | None:
+def evaluate(loss_sum: Callable[[Batch], Tensor], batches: Iterable[Batch], mesh: Mesh) -> float | None:
     """The loss over ``batches``, equal on all ranks and the same at every cp size; None where no rank has a label.
 
     Args:
-        forward: hidden states [B, T_local, dim] of a batch.
+        loss_sum: sum of the token losses of a batch, as :class:`LossModel`.
         batches: this rank's. The ranks of a cp_group hold the parts of the same sequences; dp ranks may
             hold different numbers of sequences, none included.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in batches:
-        totals[0] += token_loss_sum(forward(batch), output_weight, batch.labels)
+        totals[0] += loss_sum(batch)
         totals[1] += (batch.labels != IGNORED).sum()
     loss, count = mesh.sum(totals).tolist()
     return loss / count if count else None

@@ -57,7 +57,6 @@ WRONG = {
     "optimizer.min_lr=1": "optimizer.min_lr = 1.0 must not exceed optimizer.lr",
     "model.mixer={decay: none, causal: false}": "is an encoder",
     "data.tokenizer=absent.json": "'absent.json' is no file",
-    "engine=fsdp2": "engine=fsdp2 is not built yet; use engine=ddp",
     "engine=zero3": "engine=zero3 is not built yet",
     "backend=megatron": "backend=megatron is not built yet",
     "launcher=ray": "launcher=ray is not built yet",

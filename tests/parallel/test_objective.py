@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from lasp.layout import SequenceLayout
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.objective import Batch, count_labels, evaluate, loss_share, shift_labels, token_loss_sum
+from lasp.parallel.objective import Batch, count_labels, evaluate, shift_labels, token_loss_sum
 from tests.harness import assert_close
 
 BORDERS = (0, 5, 12)  # the worked example of the layouts
@@ -45,7 +45,7 @@ def test_bf16_hidden_states_are_summed_in_fp32():
 
 def test_masked_tokens_alone_give_zeros_and_never_nan():
     hidden, weight, labels = _problem(torch.float32)
-    loss = loss_share(hidden, weight, torch.full_like(labels, -100), torch.tensor(1))
+    loss = token_loss_sum(hidden, weight, torch.full_like(labels, -100))
     loss.backward()
     assert loss.item() == 0.0
     assert hidden.grad.abs().max() == 0 and weight.grad.abs().max() == 0
@@ -82,10 +82,10 @@ def _share_on_rank(group, dp_size, cp_size, make_layout, masked):
     count = count_labels([b.labels for b in batches], mesh)
     total = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        share = loss_share(embedding[batch.tokens], weight, batch.labels, count)
+        share = token_loss_sum(embedding[batch.tokens], weight, batch.labels) / count
         share.backward()
         total += share.detach()
-    held_out = evaluate(lambda b: embedding[b.tokens], weight, batches, mesh)
+    held_out = evaluate(lambda b: token_loss_sum(embedding[b.tokens], weight, b.labels), batches, mesh)
     return mesh.sum(total), mesh.sum(embedding.grad), mesh.sum(weight.grad), held_out, int(count)
 
 

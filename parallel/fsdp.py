@@ -1,0 +1,118 @@
+"""Engine ``fsdp2``: every rank holds its share of parameters, gradients and optimizer states (torch ``fully_shard``).
+
+Each block of the model is gathered before it computes and given back after it, in the forward and again in the
+backward, where its gradient is summed and cut in the same collective, in fp32. The shares lie over all ranks of dp x
+cp: a cp rank is a data-parallel rank here. For bfloat16 runs the share is the fp32 master copy and what is gathered is
+bfloat16. Gradients of every micro batch are summed at once, so that no rank ever holds a whole gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lasp.parallel.engine import Engine, OptimizerSettings
+from lasp.parallel.mesh import Mesh
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ShardedEngine(Engine):
+    """Trains a model of which every rank holds a share; see :class:`lasp.parallel.engine.Engine`.
+
+    The modules of ``model.layers``, if there are any, are gathered one by one, the rest as one.
+
+    Raises:
+        ValueError: the job has one rank.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
+        super().__init__(model, mesh, settings, dtype)
+        if mesh.world_size == 1:
+            raise ValueError("engine=fsdp2 needs at least 2 ranks to cut parameters over, got 1. Use engine=ddp.")
+        model.to(self.wide)
+        for p in model.parameters():
+            mesh.broadcast(p.data)
+        narrow = dtype != self.wide
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype if narrow else None, reduce_dtype=self.wide if narrow else None, cast_forward_inputs=False
+        )
+        over = DeviceMesh.from_group(mesh.world_group, mesh.device.type)
+        for module in [*getattr(model, "layers", ()), self.loss]:
+            fully_shard(module, mesh=over, mp_policy=policy)
+        for module in self.loss.modules():
+            if isinstance(module, FSDPModule):  # sums, no averages
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        decays = ((True, settings.weight_decay), (False, 0.0))
+        groups = [
+            {
+                "params": [p for name, p in self._parameters.items() if (name in self.decayed) is chosen],
+                "weight_decay": w,
+            }
+            for chosen, w in decays
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        for p in self._parameters.values():
+            self._optimizer.state[p] = {"step": torch.tensor(0.0), **{kind: torch.zeros_like(p) for kind in _MOMENTS}}
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """The parameters, whole, in host memory of the first rank; nothing on the others. All ranks call it."""
+        return dict(self._whole(self._parameters))
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The moments, as :meth:`model_tensors`."""
+        return dict(self._whole(self._moments()))
+
+    def load(self, step_count: int, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
+        """Continue from a checkpoint: the first rank brings the whole tensors, the others pass None."""
+        self.step_count = step_count
+        for own, theirs in ((self._parameters, model), (self._moments(), optimizer)):
+            for name, share in own.items():
+                whole = torch.empty(share.shape, dtype=share.dtype, device=self.mesh.device)
+                if self.mesh.is_first:
+                    whole.copy_(theirs[name])
+                self.mesh.broadcast(whole)
+                mine = distribute_tensor(whole, share.device_mesh, share.placements, src_data_rank=None)
+                share.detach().to_local().copy_(mine.to_local())
+        for p in self._parameters.values():
+            self._optimizer.state[p]["step"].fill_(step_count)
+
+    def _moments(self) -> dict[str, DTensor]:
+        return {
+            f"{kind}.{name}": self._optimizer.state[p][kind]
+            for kind in _MOMENTS
+            for name, p in self._parameters.items()
+        }
+
+    def _whole(self, shares: dict[str, DTensor]) -> Iterator[tuple[str, Tensor]]:
+        """One tensor is whole on a device at a time."""
+        for name, share in shares.items():
+            whole = share.detach().full_tensor()
+            if self.mesh.is_first:
+                yield name, whole.cpu()
+
+    def _collect_gradients(self) -> Tensor:
+        square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        for p in self._parameters.values():
+            if p.grad is None:  # not used in this step: it decays all the same
+                p.grad = torch.zeros_like(p)
+            square += p.grad.to_local().double().square().sum()
+        return self.mesh.sum(square).sqrt()
+
+    def _update(self, lr: float, factor: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if factor != 1.0:
+            for p in self._parameters.values():
+                p.grad.to_local().mul_(factor)
+        self._optimizer.step()
+
+    def _zero_gradients(self) -> None:
+        self._optimizer.zero_grad()
