@@ -12,8 +12,8 @@ states contribute, where there are any. The backward mirrors it with state gradi
 are rebuilt from one saved state per tile, so memory stays O(T (K + V)). With nothing to wait for,
 ``state_maps(local=True)`` does the first two stages in one pass over the tiles.
 
-Tensors inside a tile are [B, H, n, C, D]: n chunks of C tokens. Lists of states that leave this file are
-[segments, B, H, K, V].
+Tensors inside a tile are [n, B, H, C, D]: n chunks of C tokens. States inside a tile are [n + 1, B, H, K, V], one per
+position between chunks; those that leave this file are [segments, B, H, K, V].
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from lasp.kernels import diagonal
-from lasp.kernels.gates import Gates, add_product
+from lasp.kernels.gates import Gates, add_product, decay
 from lasp.kernels.segments import SegmentTable, Tile
 from lasp.kernels.state import StateMap, in_ieee, state_dtype, suffix_sum
 
-# Elements of one [B, H, n, C, D] temporary: a few of them should fit a CPU's cache, a GPU wants large launches.
+# Elements of one [n, B, H, C, D] temporary: a few of them should fit a CPU's cache, a GPU wants large launches.
 _TILE_ELEMENTS = {"cpu": 1 << 18}
 _TILE_ELEMENTS_DEVICE = 1 << 24
 _TILE_CHUNKS = (4, 64)  # at least, at most
@@ -41,10 +41,12 @@ class _Chunked:
     Attributes:
         saved: what the forward keeps for the backward:
             carries: state carried into each tile when every entry state is zero, [tiles, B, H, K, V];
-            borders: cumulative log-decay at each border of chunks, float64 [b, H, N + 1, a]; None without gates.
+            borders: cumulative log-decay at each border of chunks, float64 [N + 1, b, H, a]; None without gates.
+        kept_gates: decays of tiles, shared by all stages of forward and backward.
     """
 
     saved: tuple[Tensor, Tensor | None]
+    kept_gates: dict[int, Gates]
 
     def __init__(
         self,
@@ -65,83 +67,73 @@ class _Chunked:
         budget = _TILE_ELEMENTS.get(q.device.type, _TILE_ELEMENTS_DEVICE)
         chunks = budget // (self.batch * self.num_heads * table.chunk_size * widest)
         least, most = _TILE_CHUNKS
-        self.tiling = table.tiling(max(least, min(most, chunks, table.num_chunks // 4)))
-        self.tiles = self.tiling.tiles
+        self.tiles = table.tiles(max(least, min(most, chunks, table.num_chunks // 4)))
 
-    def gates(self, tile: Tile) -> Gates:
-        """The decays of a tile."""
-        return Gates(self.g, tile, self.num_heads, self.dtype)
+    def gates(self, i: int) -> Gates:
+        """The decays of tile i, kept from stage to stage where they are small against its tokens."""
+        gates = self.kept_gates.get(i)
+        if gates is None:
+            gates = Gates(self.g, self.tiles[i], self.num_heads, self.dtype)
+            if not gates.per_channel:
+                self.kept_gates[i] = gates
+        return gates
 
     def load(self, x: Tensor, tile: Tile, scale: float = 1.0) -> Tensor:
-        """The tile's tokens of ``x`` [B, T, Hx, D] as [B, H, n, C, D] times ``scale``, zero where a chunk is short."""
+        """The tile's tokens of ``x`` [B, T, Hx, D] as [n, B, H, C, D] times ``scale``, zero where a chunk is short."""
         x = x[:, tile.start : tile.stop]
         if tile.shape.gather is not None:
             x = x.index_select(1, tile.shape.gather).masked_fill_(tile.shape.padding, 0.0)
-        x = x.view(x.shape[0], tile.shape.num_chunks, -1, *x.shape[2:]).permute(0, 3, 1, 2, 4)  # [B, Hx, n, C, D]
-        if x.shape[1] < self.num_heads:
-            x = x.repeat_interleave(self.num_heads // x.shape[1], 1)
+        x = x.view(x.shape[0], tile.shape.num_chunks, -1, *x.shape[2:]).permute(1, 0, 3, 2, 4)  # [n, B, Hx, C, D]
+        if x.shape[2] < self.num_heads:
+            x = x.repeat_interleave(self.num_heads // x.shape[2], 2)
         out = x.new_empty(x.shape, dtype=self.dtype)
         return out.copy_(x) if scale == 1.0 else torch.mul(x.to(self.dtype), scale, out=out)
 
     def store(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool = False) -> None:
-        """Write [B, H, n, C, D] to the tile's tokens of ``out`` [B, T, Hx, D], summing heads that share one."""
+        """Write [n, B, H, C, D] to the tile's tokens of ``out`` [B, T, Hx, D], summing heads that share one."""
         groups = self.num_heads // out.shape[2]
         if groups > 1:
-            x = x.unflatten(1, (-1, groups)).sum(2)
-        x = x.permute(0, 2, 3, 1, 4).flatten(1, 2)
-        if tile.shape.scatter is not None:
-            x = x.index_select(1, tile.shape.scatter)
+            x = x.unflatten(2, (-1, groups)).sum(3)
+        x = x.permute(1, 0, 3, 2, 4)  # [B, n, C, Hx, D]
         target = out[:, tile.start : tile.stop]
+        if tile.shape.scatter is None:
+            target = target.unflatten(1, x.shape[1:3])
+        else:
+            x = x.flatten(1, 2).index_select(1, tile.shape.scatter)
         target.add_(x) if add else target.copy_(x)
-
-    def decays(self, stops: Tensor, starts: Tensor) -> Tensor:
-        """Log-decays between borders of chunks, [len(stops), b, H, a]; only where there are gates."""
-        borders = self.saved[1]
-        return (borders.index_select(2, stops) - borders.index_select(2, starts)).permute(2, 0, 1, 3).to(self.dtype)
 
     @cached_property
     def _before(self) -> Tensor:
-        """Decay from the begin of the segment that runs into each tile to that tile, [tiles, b, H, a, 1]."""
-        return self.decays(self.tiling.starts, self.tiling.begins).exp_().unsqueeze(-1)
+        """Decay from the begin of each chunk's segment to that chunk, [N, b, H, a, 1]."""
+        borders = self.saved[1]
+        return decay(borders[:-1] - borders[self.table.chunk_begins], self.dtype).unsqueeze(-1)
 
     @cached_property
     def _after(self) -> Tensor:
-        """Decay from each tile to the end of the segment that runs out of it, [tiles, b, H, a, 1]."""
-        return self.decays(self.tiling.ends, self.tiling.stops).exp_().unsqueeze(-1)
-
-    def entered(self, i: int, entry: Tensor) -> Tensor:
-        """What the entry state of the segment that runs into tile i left of itself, [B, H, K, V]."""
-        state = entry[self.tiles[i].first]
-        return state if self.g is None else self._before[i] * state
+        """Decay from each chunk to the end of its segment, [N, b, H, a, 1]."""
+        borders = self.saved[1]
+        return decay(borders[self.table.chunk_ends] - borders[1:], self.dtype).unsqueeze(-1)
 
     def carry(self, i: int, entry: Tensor | None) -> Tensor:
-        """The state carried into tile i."""
-        carried = self.saved[0][i]
-        return carried if entry is None or not self.tiles[i].shape.enters else carried + self.entered(i, entry)
+        """The state carried into tile i, [B, H, K, V]."""
+        carried, tile = self.saved[0][i], self.tiles[i]
+        if entry is None or not tile.shape.enters:
+            return carried
+        state = entry[tile.first]
+        return carried + (state if self.g is None else self._before[tile.chunks.start] * state)
 
-    def added_states(self, i: int, gates: Gates, k_end: Tensor, v: Tensor, carried: Tensor) -> Tensor:
-        """What each chunk of tile i adds to the state after it [B, H, n, K, V], with what is carried into the tile."""
-        added = k_end.transpose(-1, -2) @ v
-        if self.tiles[i].shape.enters:
-            gates.add_through(0, added, carried)
-        return added
-
-    def states_in(self, i: int, gates: Gates, added: Tensor, carried: Tensor) -> Tensor:
-        """The state before each chunk of tile i when every entry state is zero, [B, H, n, K, V]."""
-        shape = self.tiles[i].shape
-        states = gates.move(shape.route("in"), added)
-        if shape.enters:
-            states[:, :, 0] = carried
+    def states(self, i: int, gates: Gates, k_end: Tensor, v: Tensor, carried: Tensor) -> Tensor:
+        """The states at the positions of tile i when every entry state is zero; at borders those that leave."""
+        states = _added(k_end, v, slice(1, None))
+        states[0] = carried
+        gates.run(states)
         return states
 
-    def entries_in(self, i: int, gates: Gates, entry: Tensor) -> Tensor:
+    def entries_in(self, i: int, entry: Tensor) -> Tensor:
         """What entry states add to the state before each chunk of tile i; not causal: the state of its document."""
         tile = self.tiles[i]
-        if not self.causal:
-            return _by_chunk(entry, tile)
-        sources = [self.entered(i, entry).unsqueeze(2)] if tile.shape.enters else []
-        sources.append(entry[slice(*tile.begun)].permute(1, 2, 0, 3, 4))
-        return gates.move(tile.shape.route("in", entries=True), torch.cat(sources, 2))
+        entries = entry[tile.first :].index_select(0, tile.shape.segments)
+        return entries if self.g is None else entries.mul_(self._before[tile.chunks])
 
     def touched(self, segments: Sequence[bool] | None) -> list[int]:
         """The tiles that hold a chunk of a marked segment; None marks all."""
@@ -161,6 +153,10 @@ class Forward(_Chunked):
         scale: factor of the output.
     """
 
+    def __init__(self, q, k, v, g, table, causal, scale):
+        super().__init__(q, k, v, g, table, causal, scale)
+        self.kept_gates = {}
+
     @in_ieee
     def state_maps(self, *, local: bool = False) -> StateMap:
         """The map of every segment, stacked: state [segments, B, H, K, V], log_decay [segments, b, H, a].
@@ -172,23 +168,22 @@ class Forward(_Chunked):
         carries = self.q.new_empty((len(self.tiles), *shape), dtype=self.dtype)
         if local:
             self._make_output()
-        states, totals = [], []
+        exits, totals = [], []
         for i, tile in enumerate(self.tiles):
-            gates = self.gates(tile)
+            gates = self.gates(i)
             k, v = self.load(self.k, tile), self.load(self.v, tile)
             carries[i] = carried
-            added = self.added_states(i, gates, gates.to_end(k), v, carried)
+            states = self.states(i, gates, gates.to_end(k), v, carried)
+            exits.append(states.index_select(0, tile.shape.ends))
+            carried = states[-1].clone()
             if self.g is not None:
                 totals.append(gates.totals)
             if local and self.causal:
-                self._output(i, gates, k, v, added, carried)
-            exits = gates.move(tile.shape.route("exit"), added)
-            carried = exits[:, :, -1]
-            states.append(exits[:, :, : tile.ended[1] - tile.ended[0]])
-        borders = torch.nn.functional.pad(torch.cat(totals, 2).cumsum(2), (0, 0, 1, 0)) if totals else None
+                self._output(i, gates, k, v, states)
+        borders = torch.nn.functional.pad(torch.cat(totals).cumsum(0), (0, 0, 0, 0, 0, 0, 1, 0)) if totals else None
         self.saved = carries, borders
-        state = torch.cat(states, 2).permute(2, 0, 1, 3, 4)
-        return StateMap(state, None if borders is None else self.decays(self.table.ends, self.table.begins))
+        log_decay = None if borders is None else (borders[self.table.ends] - borders[self.table.begins]).to(self.dtype)
+        return StateMap(torch.cat(exits), log_decay)
 
     @in_ieee
     def local(self) -> None:
@@ -197,22 +192,23 @@ class Forward(_Chunked):
         if not self.causal:
             return
         for i, tile in enumerate(self.tiles):
-            gates, carried = self.gates(tile), self.saved[0][i]
+            gates = self.gates(i)
             k, v = self.load(self.k, tile), self.load(self.v, tile)
-            self._output(i, gates, k, v, self.added_states(i, gates, gates.to_end(k), v, carried), carried)
+            self._output(i, gates, k, v, self.states(i, gates, gates.to_end(k), v, self.saved[0][i]))
 
     def _make_output(self) -> None:
         make = self.q.new_empty if self.causal else self.q.new_zeros
         self.o = make((self.batch, self.q.shape[1], self.num_heads, self.value_dim), dtype=self.dtype)
 
-    def _output(self, i: int, gates: Gates, k: Tensor, v: Tensor, added: Tensor, carried: Tensor) -> None:
+    def _output(self, i: int, gates: Gates, k: Tensor, v: Tensor, states: Tensor) -> None:
         q = self.load(self.q, self.tiles[i], self.scale)
         if gates.per_channel:
             scores = diagonal.scores(q, k, gates.log_decay)
         else:
-            scores = gates.mask(q @ k.transpose(-1, -2))
-        o = add_product(scores @ v, gates.from_begin(q), self.states_in(i, gates, added, carried))
-        self.store(self.o, self.tiles[i], o)
+            scores = q @ k.transpose(-1, -2)
+            gates.mask(scores)
+        states = _without_borders(states, self.tiles[i])[:-1]
+        self.store(self.o, self.tiles[i], add_product(scores @ v, gates.from_begin(q), states))
 
     @in_ieee
     def finish(self, entry: Tensor | None, entered: Sequence[bool] | None = None) -> Tensor:
@@ -225,9 +221,9 @@ class Forward(_Chunked):
         """
         for i in self.touched(entered) if entry is not None else ():
             tile = self.tiles[i]
-            gates = self.gates(tile)
+            gates = self.gates(i)
             q = self.load(self.q, tile, self.scale)
-            self.store(self.o, tile, gates.from_begin(q) @ self.entries_in(i, gates, entry), add=True)
+            self.store(self.o, tile, gates.from_begin(q) @ self.entries_in(i, entry), add=True)
         return self.o.to(self.v.dtype)
 
 
@@ -236,16 +232,17 @@ class Backward(_Chunked):
 
     Args:
         q, k, v, g, table, causal, scale: as given to the forward.
-        saved: attribute of the forward.
+        saved, kept_gates: attributes of the forward.
         entry: as given to :meth:`Forward.finish`.
         exits: state after each segment [segments, B, H, K, V].
         do: gradient of the output [B, T, H, V].
         needs_dg: whether the gradient of ``g`` is asked for.
     """
 
-    def __init__(self, q, k, v, g, table, causal, scale, *, saved, entry, exits, do, needs_dg):
+    def __init__(self, q, k, v, g, table, causal, scale, *, saved, kept_gates, entry, exits, do, needs_dg):
         super().__init__(q, k, v, g, table, causal, scale)
-        self.saved, self.entry, self.exits, self.do = saved, entry, exits, do
+        self.saved, self.kept_gates = saved, kept_gates
+        self.entry, self.exits, self.do = entry, exits, do
         self.needs_dg = needs_dg and g is not None
 
     @in_ieee
@@ -258,34 +255,33 @@ class Backward(_Chunked):
         self.d_carries = [carried] * len(self.tiles)  # carried into each tile from later ones, [B, H, K, V]
         if local:
             self._make_grads()
-        grads = []
+        entries = []
         for i, tile in reversed(list(enumerate(self.tiles))):
-            gates = self.gates(tile)
+            gates = self.gates(i)
             q, do = self.load(self.q, tile), self.load(self.do, tile, self.scale)
             self.d_carries[i] = carried
-            added = self._added_grads(i, gates, q, do)
-            begins = gates.move(tile.shape.route("begin", reverse=True), added)
-            carried = begins[:, :, -1]
-            grads.append(begins[:, :, : tile.begun[1] - tile.begun[0]])
+            grads = self._state_grads(i, gates, q, do)
+            entries.append(grads.index_select(0, tile.shape.begins))
+            carried = grads[0].clone()
             if local:
-                self._local_grads(i, gates, q, do, added)
-        return torch.cat(grads[::-1], 2).permute(2, 0, 1, 3, 4)
+                self._local_grads(i, gates, q, do, grads)
+        return torch.cat(entries[::-1])
 
     @in_ieee
     def local(self) -> None:
         """The gradients that need no exit gradient: all of dq, and what k, v and g get inside their own segment."""
         self._make_grads()
         for i, tile in enumerate(self.tiles):
-            gates = self.gates(tile)
+            gates = self.gates(i)
             q, do = self.load(self.q, tile), self.load(self.do, tile, self.scale)
-            self._local_grads(i, gates, q, do, self._added_grads(i, gates, q, do))
+            self._local_grads(i, gates, q, do, self._state_grads(i, gates, q, do))
 
-    def _added_grads(self, i: int, gates: Gates, q: Tensor, do: Tensor) -> Tensor:
-        """What each chunk adds to the gradient of the state before it [B, H, n, K, V], with what is carried in."""
-        added = gates.from_begin(q).transpose(-1, -2) @ do
-        if self.tiles[i].shape.leaves:
-            gates.add_through(-1, added, self.d_carries[i])
-        return added
+    def _state_grads(self, i: int, gates: Gates, q: Tensor, do: Tensor) -> Tensor:
+        """Gradients of the states at the positions of tile i; at borders those of entry states. ``do`` is scaled."""
+        grads = _added(gates.from_begin(q), do, slice(None, -1))
+        grads[-1] = self.d_carries[i]
+        gates.run_back(grads)
+        return grads
 
     def _make_grads(self) -> None:
         make = self.exits.new_empty if self.causal else self.exits.new_zeros
@@ -295,24 +291,22 @@ class Backward(_Chunked):
             channels = self.key_dim if self.g.dim() == 4 else 1
             self.dg = make((*self.q.shape[:2], heads, channels))
 
-    def _local_grads(self, i: int, gates: Gates, q: Tensor, do: Tensor, added: Tensor) -> None:
-        """One tile of :meth:`local`; ``do`` comes scaled, ``added`` is that of :meth:`_added_grads`."""
+    def _local_grads(self, i: int, gates: Gates, q: Tensor, do: Tensor, grads: Tensor) -> None:
+        """One tile of :meth:`local`; ``do`` comes scaled, ``grads`` from :meth:`_state_grads`."""
         tile = self.tiles[i]
         if not self.causal:
-            return self.store(self.dq, tile, do @ self.entries_in(i, gates, self.entry).transpose(-1, -2))
+            return self.store(self.dq, tile, do @ self.entries_in(i, self.entry).transpose(-1, -2))
         k, v = self.load(self.k, tile), self.load(self.v, tile)
         dq, dk, dv = self._within(gates, q, k, v, do)
         k_end = gates.to_end(k)
-        carried = self.saved[0][i]
-        states = self.states_in(i, gates, self.added_states(i, gates, k_end, v, carried), carried)
-        if self.entry is not None:
-            states += self.entries_in(i, gates, self.entry)
-        grads = gates.move(tile.shape.route("out", reverse=True), added)
-        if tile.shape.leaves:
-            grads[:, :, -1] = self.d_carries[i]
-        self.store(self.dq, tile, gates.add_from_begin(dq, do, states.transpose(-1, -2)))
+        grads = _without_borders(grads, tile)[1:]
         self.store(self.dk, tile, gates.add_to_end(dk, v, grads.transpose(-1, -2)))
         self.store(self.dv, tile, add_product(dv, k_end, grads))
+        del dv
+        states = _without_borders(self.states(i, gates, k_end, v, self.saved[0][i]), tile)[:-1]
+        if self.entry is not None:
+            states += self.entries_in(i, self.entry)
+        self.store(self.dq, tile, gates.add_from_begin(dq, do, states.transpose(-1, -2)))
         if self.needs_dg:
             self.store(self.dg, tile, self._gate_grad(i, q.mul_(dq).addcmul_(k, dk, value=-1), self.d_carries[i], None))
 
@@ -321,10 +315,12 @@ class Backward(_Chunked):
         d_scores = do @ v.transpose(-1, -2)
         if gates.per_channel:
             scores, dq, dk = diagonal.scores_and_grads(q, k, gates.log_decay, d_scores.tril_())
-        else:
-            scores, d_scores = gates.mask(q @ k.transpose(-1, -2)), gates.mask(d_scores)
-            dq, dk = d_scores @ k, d_scores.transpose(-1, -2) @ q
-        return dq, dk, scores.transpose(-1, -2) @ do
+            return dq, dk, scores.transpose(-1, -2) @ do
+        scores = q @ k.transpose(-1, -2)
+        gates.mask(scores, d_scores)
+        dv = scores.transpose(-1, -2) @ do
+        del scores
+        return d_scores @ k, d_scores.transpose(-1, -2) @ q, dv
 
     @in_ieee
     def finish(
@@ -339,47 +335,45 @@ class Backward(_Chunked):
         """
         for i in self.touched(reached) if d_exit is not None else ():
             tile = self.tiles[i]
-            gates = self.gates(tile)
+            gates = self.gates(i)
             k, v = self.load(self.k, tile), self.load(self.v, tile)
-            arrived = self._arrived(i, d_exit) if tile.shape.leaves else None
-            grads = self._exits_out(i, gates, d_exit, arrived)
+            grads = self._exits_out(i, d_exit)
             dk = gates.to_end(v @ grads.transpose(-1, -2))
             self.store(self.dk, tile, dk, add=True)
             self.store(self.dv, tile, gates.to_end(k) @ grads, add=True)
             if self.needs_dg:
+                arrived = self._arrived(i, d_exit) if tile.shape.leaves else None
                 self.store(self.dg, tile, self._gate_grad(i, (k * dk).neg_(), arrived, d_exit), add=True)
         grads = [dx.to(x.dtype) for x, dx in ((self.q, self.dq), (self.k, self.dk), (self.v, self.dv))]
         return *grads, self._reduced_gate() if self.needs_dg else None
 
     def _arrived(self, i: int, d_exit: Tensor) -> Tensor:
         """What is left at tile i's end of the exit gradient of the segment that runs out of it, [B, H, K, V]."""
-        grad = d_exit[self.tiles[i].last]
-        return grad if self.g is None else self._after[i] * grad
-
-    def _exits_out(self, i: int, gates: Gates, d_exit: Tensor, arrived: Tensor | None) -> Tensor:
-        """What exit gradients add to the gradient of the state after each chunk of tile i, [B, H, n, K, V]."""
         tile = self.tiles[i]
-        if not self.causal:
-            return _by_chunk(d_exit, tile)
-        sources = [] if arrived is None else [arrived.unsqueeze(2)]
-        sources.append(d_exit[slice(*tile.ended)].permute(1, 2, 0, 3, 4))
-        return gates.move(tile.shape.route("out", entries=True, reverse=True), torch.cat(sources, 2))
+        grad = d_exit[tile.last]
+        return grad if self.g is None else self._after[tile.chunks.stop - 1] * grad
+
+    def _exits_out(self, i: int, d_exit: Tensor) -> Tensor:
+        """What exit gradients add to the gradient of the state after each chunk of tile i, [n, B, H, K, V]."""
+        tile = self.tiles[i]
+        grads = d_exit[tile.first :].index_select(0, tile.shape.segments)
+        return grads if self.g is None else grads.mul_(self._after[tile.chunks])
 
     def _gate_grad(self, i: int, gate: Tensor, d_carried: Tensor | None, d_exit: Tensor | None) -> Tensor:
         """dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + <S, dS> at the segment's end or the tile's, whichever is first.
 
-        ``gate`` holds the summands [B, H, n, C, K]; the identity is that of GLA (arXiv 2312.06635, appendix C).
+        ``gate`` holds the summands [n, B, H, C, K]; the identity is that of GLA (arXiv 2312.06635, appendix C).
         """
         tile = self.tiles[i]
         gate = gate if self.g.dim() == 4 else gate.sum(-1, keepdim=True)
-        later = (tile.shape.later.to(gate.dtype) @ gate.sum(-2)) if tile.shape.num_chunks > 1 else 0.0  # [B, H, n, a]
-        anchors = gate.new_zeros(*gate.shape[:2], tile.ended[1] - tile.ended[0] + 1, gate.shape[-1])
+        later = (tile.shape.later.to(gate.dtype) @ gate.sum(-2).flatten(1)).view(*gate.shape[:3], -1)  # [n, B, H, a]
+        anchors = gate.new_zeros(tile.ended[1] - tile.ended[0] + 1, *gate.shape[1:3], gate.shape[-1])
         if d_exit is not None:
             ended = slice(*tile.ended)
-            anchors[:, :, :-1] = _inner(self.exits[ended], d_exit[ended], gate.shape[-1]).permute(1, 2, 0, 3)
+            anchors[:-1] = _inner(self.exits[ended], d_exit[ended], gate.shape[-1])
         if tile.shape.leaves:
-            anchors[:, :, -1] = _inner(self.carry(i + 1, self.entry), d_carried, gate.shape[-1])
-        later = later + anchors.index_select(2, tile.shape.anchors)
+            anchors[-1] = _inner(self.carry(i + 1, self.entry), d_carried, gate.shape[-1])
+        later += anchors.index_select(0, tile.shape.anchors)
         return suffix_sum(gate, -2) + later.unsqueeze(-2)
 
     def _reduced_gate(self) -> Tensor:
@@ -394,9 +388,16 @@ def num_heads(*tensors: Tensor | None) -> int:
     return max(x.shape[0] if x.dim() == 1 else x.shape[2] for x in tensors if x is not None)
 
 
-def _by_chunk(states: Tensor, tile: Tile) -> Tensor:
-    """The row of [segments, B, H, K, V] that belongs to each chunk's segment, [B, H, n, K, V]."""
-    return states[tile.first :].index_select(0, tile.shape.segments).permute(1, 2, 0, 3, 4)
+def _added(a: Tensor, b: Tensor, where: slice) -> Tensor:
+    """``a^T b`` of each chunk, [n, B, H, K, V], in the rows ``where`` of a tensor for the n + 1 positions of a tile."""
+    out = a.new_empty(a.shape[0] + 1, *a.shape[1:3], a.shape[-1], b.shape[-1])
+    torch.bmm(a.flatten(0, 2).transpose(-1, -2), b.flatten(0, 2), out=out[where].flatten(0, 2))
+    return out
+
+
+def _without_borders(states: Tensor, tile: Tile) -> Tensor:
+    """``states`` with those at borders of segments set to zero, in place: nothing runs through them."""
+    return states.index_fill_(0, tile.shape.borders, 0.0) if tile.shape.borders.numel() else states
 
 
 def _inner(state: Tensor, grad: Tensor, channels: int) -> Tensor:

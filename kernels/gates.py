@@ -1,19 +1,21 @@
-"""Decays inside one tile: factors within its chunks and the movement of states between them.
+"""Decays inside one tile: factors within its chunks, and states that run through them.
 
 Prefix sums of log-decays are kept in float64, because their differences are what is exponentiated; every exponent
-that is used is <= 0. Tensors inside a tile are [B, H, n, C, D]: n chunks of C tokens.
+that is used is <= 0. Tensors inside a tile are [n, B, H, C, D]: n chunks of C tokens.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lasp.kernels.segments import Route, Tile
+from lasp.kernels.segments import Tile
 
 _LOWEST_LOG_DECAY = -1000.0  # exp of it is 0 in every dtype; keeps -inf (a full reset) out of differences
+_BLOCK = 16  # tokens of a chunk whose decays among themselves are exponentiated one by one
 
 
 class Gates:
@@ -26,7 +28,7 @@ class Gates:
         dtype: of the factors.
 
     Attributes:
-        log_decay: G, inclusive cumulative log-decay of each chunk, float64 [b, H, n', C, a] with b in (1, B), n' in
+        log_decay: G, inclusive cumulative log-decay of each chunk, float64 [n', b, H, C, a] with b in (1, B), n' in
             (1, n) and a in (1, K); None without a gate.
     """
 
@@ -38,14 +40,14 @@ class Gates:
         shape = self.tile.shape
         if g.dim() == 1:
             g = g.double().clamp(min=_LOWEST_LOG_DECAY).repeat_interleave(num_heads // g.shape[0])
-            return shape.counts[None, None, :, :, None] * g.view(1, -1, 1, 1, 1)
+            return shape.counts[:, None, None, :, None] * g.view(-1, 1, 1)
         g = g if g.dim() == 4 else g.unsqueeze(-1)
         g = g[:, self.tile.start : self.tile.stop].double().clamp(min=_LOWEST_LOG_DECAY)
         if shape.gather is not None:
             g = g.index_select(1, shape.gather).masked_fill(shape.padding, 0.0)
-        g = g.unflatten(1, (shape.num_chunks, -1)).permute(0, 3, 1, 2, 4)
-        groups = num_heads // g.shape[1]
-        return (g if groups == 1 else g.repeat_interleave(groups, 1)).cumsum(-2)
+        g = g.unflatten(1, (shape.num_chunks, -1)).permute(1, 0, 3, 2, 4)
+        groups = num_heads // g.shape[2]
+        return (g if groups == 1 else g.repeat_interleave(groups, 2)).cumsum(-2)
 
     @property
     def per_channel(self) -> bool:
@@ -54,32 +56,35 @@ class Gates:
 
     @property
     def totals(self) -> Tensor:
-        """Log-decay over each whole chunk, float64 [b, H, n, a]."""
-        return self.log_decay[..., -1, :].expand(-1, -1, self.tile.shape.num_chunks, -1)
+        """Log-decay over each whole chunk, float64 [n, b, H, a]."""
+        return self.log_decay[..., -1, :].expand(self.tile.shape.num_chunks, -1, -1, -1)
 
     @cached_property
-    def _spans(self) -> Tensor:
-        """Decay between any two positions of the tile, later * (n + 1) + earlier: [b, H, (n + 1)^2, a]."""
-        at = torch.nn.functional.pad(self.totals.cumsum(-2), (0, 0, 1, 0))
-        spans = (at.unsqueeze(3) - at.unsqueeze(2)).clamp_(max=0.0)  # the other way around: any finite value
-        return self._exp(spans).flatten(2, 3)
+    def _through(self) -> Tensor:
+        """Decay over each whole chunk, [n, b, H, a, 1]."""
+        return decay(self.totals, self.dtype).unsqueeze(-1)
 
     @cached_property
     def _begin(self) -> Tensor:
-        return self.log_decay.to(self.dtype).exp()
+        return decay(self.log_decay, self.dtype)
 
     @cached_property
     def _end(self) -> Tensor:
-        return self._exp(self.log_decay[..., -1:, :] - self.log_decay)
+        return decay(self.log_decay[..., -1:, :] - self.log_decay, self.dtype)
 
-    @cached_property
     def _between(self) -> Tensor:
-        """exp(G_i - G_j) for j <= i, else 0: [b, H, n', C, C]."""
-        return self._exp(self.log_decay - self.log_decay.transpose(-1, -2)).tril_()
+        """exp(G_i - G_j) for j <= i, else 0: [n', b, H, C, C].
 
-    def _exp(self, difference: Tensor) -> Tensor:
-        """exp of a difference of prefix sums, in the dtype of the states; overwrites its argument."""
-        return difference.to(self.dtype).exp_()
+        An exponential costs ten products: with r the first token of i's block and j before it, the factor is
+        exp(G_i - G_r) exp(G_r - G_j), both exponents <= 0; only within a block each pair has an exponential.
+        """
+        size = min(_BLOCK, self.log_decay.shape[-2])
+        rows, columns = self.log_decay.unflatten(-2, (-1, size)), self.log_decay.transpose(-1, -2).unsqueeze(-3)
+        first = rows[..., :1, :]
+        out = (decay(rows - first, self.dtype) * decay(first - columns, self.dtype)).flatten(-3, -2)
+        blocks = out.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).diagonal(dim1=-4, dim2=-2)
+        blocks.movedim(-1, -3).copy_(decay(rows - rows.transpose(-1, -2), self.dtype))
+        return out.tril_()
 
     def from_begin(self, x: Tensor) -> Tensor:
         """``x`` decayed from the beginning of its chunk to its token."""
@@ -89,9 +94,11 @@ class Gates:
         """``x`` decayed from its token to the end of its chunk."""
         return x if self.log_decay is None else x * self._end
 
-    def mask(self, scores: Tensor) -> Tensor:
-        """``scores`` [..., C, C] times exp(G_i - G_j) for j <= i, zero above the diagonal, in place (a = 1 only)."""
-        return scores.tril_() if self.log_decay is None else scores.mul_(self._between)
+    def mask(self, *scores: Tensor) -> None:
+        """Multiply ``scores`` [..., C, C] in place by exp(G_i - G_j) for j <= i, 0 above the diagonal (a = 1 only)."""
+        between = None if self.log_decay is None else self._between()
+        for x in scores:
+            x.tril_() if between is None else x.mul_(between)
 
     def add_from_begin(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """``x + from_begin(a @ b)`` in place, for x [..., C, D] without gaps."""
@@ -101,25 +108,39 @@ class Gates:
         """``x + to_end(a @ b)`` in place, for x [..., C, D] without gaps."""
         return add_product(x, a, b) if self.log_decay is None else x.addcmul_(a @ b, self._end)
 
-    def add_through(self, chunk: int, states: Tensor, carried: Tensor) -> None:
-        """Add to chunk 0's or chunk -1's of states [B, H, n, K, V] what is left of ``carried`` after that chunk."""
-        state, last = states.select(2, chunk), self.tile.shape.num_chunks
-        if self.log_decay is None:
-            state.add_(carried)
-        else:
-            decay = self._spans.select(2, last + 1 if chunk == 0 else last * (last + 2) - 1)
-            state.addcmul_(carried, decay.unsqueeze(-1))
+    def run(self, states: Tensor) -> None:
+        """Let states [n + 1, B, H, K, V] at the tile's positions run through its chunks, in place.
 
-    def move(self, route: Route, states: Tensor) -> Tensor:
-        """States [B, H, R, K, V] at the route's reads from its sources' [B, H, S, K, V], each decayed on its way."""
-        weights = route.reached.to(self.dtype)
-        if self.log_decay is not None:
-            decays = self._spans.index_select(2, route.pairs)
-            if decays.shape[-1] > 1:
-                decays = decays.unflatten(2, weights.shape) * weights.unsqueeze(-1)
-                return torch.einsum("bhrsk,bhskv->bhrkv", decays.expand(states.shape[0], -1, -1, -1, -1), states)
-            weights = decays.view(*decays.shape[:2], *weights.shape) * weights
-        return (weights @ states.flatten(-2)).unflatten(-1, states.shape[-2:])
+        Position p + 1 holds what chunk p adds, position 0 what is carried in; nothing crosses a border of segments.
+        """
+        rows, joined = states.unbind(0), (self.tile.shape.enters, *self.tile.shape.joined)
+        through = None if self.log_decay is None else self._through.unbind(0)
+        for p, continues in enumerate(joined):
+            if continues:
+                self._add_decayed(rows[p + 1], rows[p], through, p)
+
+    def run_back(self, grads: Tensor) -> None:
+        """The same for gradients of states: position p holds what chunk p adds, position n what is carried in."""
+        rows, joined = grads.unbind(0), (*self.tile.shape.joined, self.tile.shape.leaves)
+        through = None if self.log_decay is None else self._through.unbind(0)
+        for p in reversed(range(len(joined))):
+            if joined[p]:
+                self._add_decayed(rows[p], rows[p + 1], through, p)
+
+    def _add_decayed(self, to: Tensor, state: Tensor, through: tuple[Tensor, ...] | None, chunk: int) -> None:
+        if through is None:
+            to.add_(state)
+        else:
+            to.addcmul_(state, through[chunk])
+
+
+def decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp of float64 ``log_decay`` in the dtype of the states; of a positive one, which nothing uses, 1.
+
+    Below the smallest normal number it is that number: processors take ten times as long for smaller ones.
+    """
+    lowest = math.log(torch.finfo(dtype).tiny) + 0.5
+    return log_decay.to(dtype, copy=True).clamp_(lowest, 0.0).exp_()
 
 
 def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -4,8 +4,7 @@ A *segment* is a run of local tokens that belongs to one document. A *chunk* is 
 tokens of one segment: chunks never straddle a document border, so no decay has to express one. A *tile* is a group of
 consecutive chunks that the PyTorch path handles at once; its size bounds the temporary memory.
 
-Inside a tile with n chunks, *position* p in 0..n names the state between chunk p - 1 and chunk p. States travel
-between positions of one segment only, which a *route* describes: which sources reach which reads.
+Inside a tile with n chunks, *position* p in 0..n names the state between chunk p - 1 and chunk p.
 """
 
 from __future__ import annotations
@@ -14,24 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Route:
-    """Which sources reach which reads inside a tile.
-
-    Attributes:
-        pairs: later * (n + 1) + earlier, of the two positions between which each state travels, int64 [R * S].
-        reached: 1 where a source reaches a read, else 0, float32 [R, S].
-    """
-
-    pairs: Tensor
-    reached: Tensor
 
 
 class TileShape:
-    """What tiles of equal shape share: index tensors and routes.
+    """What tiles of equal shape share.
 
     Args:
         lengths: tokens of each of the n chunks.
@@ -46,7 +31,10 @@ class TileShape:
         scatter: padded slot of each token, int64 [tokens]; None when all chunks are full.
         counts: tokens of a chunk up to and including each slot, float64 [n, C], or [1, C] when all are full.
         segments: ``ids`` as a tensor, int64 [n].
-        anchors: which ``exit`` read the segment of each chunk has, int64 [n].
+        joined: per position 1..n - 1, whether one segment runs through it.
+        begins, ends: positions where a segment begun / ended in this tile begins / ends, int64.
+        borders: the positions of both, each once.
+        anchors: which of ``ends`` the segment of each chunk has, one past the last if none, int64 [n].
         later: 1 where chunk j lies after chunk i in the same segment, float32 [n (i), n (j)].
     """
 
@@ -61,10 +49,10 @@ class TileShape:
     ):
         self.ids, self.enters, self.leaves, self.device = ids, enters, leaves, device
         n = self.num_chunks = len(lengths)
-        self._routes: dict[tuple[str, bool, bool], Route] = {}
-        self._begin = [(j, s) for j, s in enumerate(ids) if (not enters if j == 0 else ids[j - 1] != s)]
-        self._end = [(j + 1, s) for j, s in enumerate(ids) if (not leaves if j == n - 1 else ids[j + 1] != s)]
-        exits = {s: i for i, (_, s) in enumerate(self._end)}
+        self.joined = tuple(a == b for a, b in zip(ids[:-1], ids[1:], strict=True))
+        inner = [p for p, joined in enumerate(self.joined, 1) if not joined]
+        begins, ends = [0] * (not enters) + inner, inner + [n] * (not leaves)
+        exits = {ids[p - 1]: i for i, p in enumerate(ends)}
         self.gather = self.padding = self.scatter = None
         counts = torch.arange(1, size + 1, dtype=torch.float64).unsqueeze(0)
         if min(lengths) < size:
@@ -75,46 +63,14 @@ class TileShape:
             self.padding = (~is_token).view(-1, 1, 1).to(device)
             self.scatter = is_token.nonzero().flatten().to(device)
             counts = torch.minimum(counts, length.double())
+        self.begins, self.ends, self.borders = (
+            torch.tensor(x, dtype=torch.int64, device=device) for x in (begins, ends, sorted({*begins, *ends}))
+        )
         segments, order = torch.tensor(ids), torch.arange(n)
         self.counts, self.segments = counts.to(device), segments.to(device)
-        self.anchors = torch.tensor([exits.get(s, len(self._end)) for s in ids]).to(device)
+        self.anchors = torch.tensor([exits.get(s, len(ends)) for s in ids]).to(device)
         later = (segments[:, None] == segments[None, :]) & (order[None, :] > order[:, None])
         self.later = later.float().to(device)
-
-    def route(self, reads: str, *, entries: bool = False, reverse: bool = False) -> Route:
-        """How states reach ``reads`` from what each chunk adds, or from entry states.
-
-        Args:
-            reads: ``in`` (state before each chunk), ``out`` (after each chunk), ``exit`` (after each segment ended
-                here, then the state carried out if ``leaves``), ``begin`` (before each segment begun here, then the
-                gradient carried out to earlier tiles if ``enters``).
-            entries: the sources are, not what each chunk adds, but the state that runs into the tile (if ``enters``)
-                and the entry states of the segments begun here.
-            reverse: gradients, which travel the other way: what each chunk adds before it; with ``entries`` the
-                gradient that runs in from later tiles (if ``leaves``) and those of the segments ended here.
-        """
-        key = (reads, entries, reverse)
-        if key not in self._routes:
-            self._routes[key] = self._make_route(*key)
-        return self._routes[key]
-
-    def _make_route(self, reads: str, entries: bool, reverse: bool) -> Route:
-        ids, begin, end = self.ids, self._begin, self._end
-        carried_in = [(0, ids[0])] if self.enters else []
-        carried_out = [(self.num_chunks, ids[-1])] if self.leaves else []
-        before, after = list(enumerate(ids)), [(j + 1, s) for j, s in enumerate(ids)]
-        wanted = {"in": before, "out": after, "exit": end + carried_out, "begin": begin + carried_in}[reads]
-        if reverse:
-            sources = carried_out + end if entries else before
-        else:
-            sources = carried_in + begin if entries else after
-        reached = [[float(s == t and (q >= p if reverse else q <= p)) for q, t in sources] for p, s in wanted]
-        size = self.num_chunks + 1
-        pairs = [q * size + p if reverse else p * size + q for p, _ in wanted for q, _ in sources]
-        return Route(
-            torch.tensor(pairs, dtype=torch.int64, device=self.device),
-            torch.tensor(reached, dtype=torch.float32, device=self.device).view(len(wanted), len(sources)),
-        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +79,7 @@ class Tile:
 
     Attributes:
         start, stop: local token range.
+        chunks: its chunks among those of the rank.
         first, last: segment of the first and of the last chunk.
         begun, ended: half-open ranges of the segments that begin / end in this tile.
         shape: what it shares with tiles of the same shape.
@@ -130,29 +87,12 @@ class Tile:
 
     start: int
     stop: int
+    chunks: slice
     first: int
     last: int
     begun: tuple[int, int]
     ended: tuple[int, int]
     shape: TileShape
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """All tiles, and where they lie among the borders of a rank's chunks (0..N for N chunks), int64 on the device.
-
-    Attributes:
-        tiles: in local order.
-        starts, stops: border before and after each tile [tiles].
-        begins: border where the segment of a tile's first chunk begins [tiles].
-        ends: border where the segment of a tile's last chunk ends [tiles].
-    """
-
-    tiles: tuple[Tile, ...]
-    starts: Tensor
-    stops: Tensor
-    begins: Tensor
-    ends: Tensor
 
 
 class SegmentTable:
@@ -164,8 +104,9 @@ class SegmentTable:
         chunk_size: tokens per chunk, a power of two. Default: up to 64, smaller where segments are short.
 
     Attributes:
-        num_chunks: N.
-        begins, ends: chunk border where each segment begins and ends, int64 [segments].
+        num_chunks: N. Border b in 0..N lies between chunk b - 1 and chunk b.
+        begins, ends: border where each segment begins and ends, int64 [segments].
+        chunk_begins, chunk_ends: the same of each chunk's segment, int64 [N].
     """
 
     def __init__(self, bounds: Sequence[tuple[int, int]], device: torch.device, chunk_size: int | None = None):
@@ -180,26 +121,24 @@ class SegmentTable:
             for at in range(start, stop, chunk_size)
         ]
         self.num_chunks = len(self._chunks)
-        self._begins = [i for i, (s, start, _) in enumerate(self._chunks) if start == self.bounds[s][0]]
-        self._ends = [*self._begins[1:], self.num_chunks]
-        self.begins, self.ends = self._index(self._begins), self._index(self._ends)
-        self._tilings: dict[int, Tiling] = {}
+        begins = [i for i, (s, start, _) in enumerate(self._chunks) if start == self.bounds[s][0]]
+        self.begins, self.ends = (torch.tensor(x, device=device) for x in (begins, [*begins[1:], self.num_chunks]))
+        segments = torch.tensor([s for s, _, _ in self._chunks], device=device)
+        self.chunk_begins, self.chunk_ends = self.begins[segments], self.ends[segments]
+        self._tiles: dict[int, tuple[Tile, ...]] = {}
         self._shapes: dict[tuple, TileShape] = {}
 
-    def tiling(self, chunks_per_tile: int) -> Tiling:
-        """The tiles of up to ``chunks_per_tile`` chunks each."""
-        if chunks_per_tile not in self._tilings:
+    def tiles(self, chunks_per_tile: int) -> tuple[Tile, ...]:
+        """Up to ``chunks_per_tile`` chunks each, in local order."""
+        if chunks_per_tile not in self._tiles:
             starts = range(0, self.num_chunks, chunks_per_tile)
-            stops = [min(at + chunks_per_tile, self.num_chunks) for at in starts]
-            tiles = tuple(self._make_tile(self._chunks[a:b]) for a, b in zip(starts, stops, strict=True))
-            begins, ends = [self._begins[tile.first] for tile in tiles], [self._ends[tile.last] for tile in tiles]
-            self._tilings[chunks_per_tile] = Tiling(tiles, *map(self._index, (starts, stops, begins, ends)))
-        return self._tilings[chunks_per_tile]
+            self._tiles[chunks_per_tile] = tuple(
+                self._make_tile(slice(at, min(at + chunks_per_tile, self.num_chunks))) for at in starts
+            )
+        return self._tiles[chunks_per_tile]
 
-    def _index(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=self.device)
-
-    def _make_tile(self, chunks: list[tuple[int, int, int]]) -> Tile:
+    def _make_tile(self, which: slice) -> Tile:
+        chunks = self._chunks[which]
         first, last = chunks[0][0], chunks[-1][0]
         enters = chunks[0][1] != self.bounds[first][0]
         leaves = chunks[-1][2] != self.bounds[last][1]
@@ -207,4 +146,4 @@ class SegmentTable:
         if key not in self._shapes:
             self._shapes[key] = TileShape(*key, self.chunk_size, self.device)
         begun, ended = (first + enters, last + 1), (first, last + 1 - leaves)
-        return Tile(chunks[0][1], chunks[-1][2], first, last, begun, ended, self._shapes[key])
+        return Tile(chunks[0][1], chunks[-1][2], which, first, last, begun, ended, self._shapes[key])

@@ -103,7 +103,7 @@ class _LinearAttention(torch.autograd.Function):
             entry = _document_totals(entry, maps.state, plan.before, cp)
         o = op.finish(entry, _marked(plan.before, plan.begins if initial is not None else (), causal))
 
-        ctx.exchange, ctx.options = exchange, (causal, scale)
+        ctx.exchange, ctx.options, ctx.kept_gates = exchange, (causal, scale), op.kept_gates
         ctx.save_for_backward(q, k, v, g, maps.state, maps.log_decay, entry, *op.saved)
         ctx.initial_dtype = None if initial is None else initial_state.dtype
         return o, None if finals is None else _public_state(finals, cp)
@@ -117,8 +117,9 @@ class _LinearAttention(torch.autograd.Function):
         cp, plan = exchange.cp, exchange.plan
         exits = state if entry is None or not causal else transition(maps, entry) + state
         d_final = None if d_final is None else _by_document(d_final, cp, state.dtype)
-        known = {"saved": saved, "entry": entry, "exits": exits, "do": do, "needs_dg": ctx.needs_input_grad[3]}
-        op = Backward(q, k, v, g, cp.segment_table(q.device), causal, scale, **known)
+        known = {"saved": saved, "kept_gates": ctx.kept_gates, "entry": entry, "exits": exits, "do": do}
+        table, needs_dg = cp.segment_table(q.device), ctx.needs_input_grad[3]
+        op = Backward(q, k, v, g, table, causal, scale, needs_dg=needs_dg, **known)
 
         grads = op.state_maps(local=cp.cp_size == 1)
         exchange.start_backward(grads, d_final)

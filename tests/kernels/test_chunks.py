@@ -17,7 +17,7 @@ def test_every_token_is_in_one_chunk_of_its_own_segment(lengths, chunks_per_tile
     table = SegmentTable(bounds, torch.device("cpu"), chunk_size=16)
     segment_of = torch.cat([torch.full((n,), s) for s, n in enumerate(lengths)])
     seen, begun, ended = [], [], []
-    for tile in table.tiling(chunks_per_tile).tiles:
+    for tile in table.tiles(chunks_per_tile):
         shape, tokens = tile.shape, torch.arange(tile.start, tile.stop)
         seen.append(tokens)
         begun += range(*tile.begun)
@@ -34,7 +34,7 @@ def test_every_token_is_in_one_chunk_of_its_own_segment(lengths, chunks_per_tile
 
 def test_interior_tiles_share_one_shape():
     table = SegmentTable([(0, 64 * 64)], torch.device("cpu"))
-    tiles = table.tiling(4).tiles
+    tiles = table.tiles(4)
     assert len(tiles) == 16 and len({id(t.shape) for t in tiles}) == 3  # first, interior, last
 
 
