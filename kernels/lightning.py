@@ -1,0 +1,299 @@
+"""Linear attention in Triton kernels, in the stages of :mod:`lasp.kernels.chunked`: allocation and launches.
+
+Two levels of tokens (TFLA, arXiv 2503.14376): a program walks through the chunks of one *superchunk* with the state in
+registers, and only one fp32 state per superchunk ever reaches memory. The stages are
+
+    forward     state_maps   decays; what each superchunk adds (reads k, v); scan over the superchunks of each segment
+                local        nothing: the output kernel adds entry states where it loads its own, at no cost in traffic
+                finish       o
+    backward    state_maps   decays; what each superchunk adds to the state's gradient (reads q, do); scan, reversed
+                local        dq, which needs no exit gradient, so the exchange flies meanwhile
+                finish       dv, dk; dg
+
+and the backward keeps, beside the inputs, the state carried into each superchunk. Nothing waits for the device.
+Inputs are bf16, fp16 or fp32; states, decays and accumulators are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from lasp.kernels import triton_tiles
+from lasp.kernels.chunked import num_heads
+from lasp.kernels.segments import SegmentTable
+from lasp.kernels.state import StateMap
+from lasp.kernels.superchunks import superchunks
+from lasp.kernels.triton_gates import CHUNK_SAFE, channel_gates, sum_gates, token_gates
+from lasp.kernels.triton_output import gate_grads, mix
+from lasp.kernels.triton_states import local_states, scan_states
+from lasp.kernels.triton_tiles import Tile, power_of_two
+
+_LN2 = 0.6931471805599453
+NONE, FIXED, TOKEN, CHANNEL = range(4)  # DECAY in the kernels
+# log2 of the largest decay of a chunk that one reference point serves: its factors stay finite, and in fp32 accurate
+_CHUNK_DECAY = {torch.bfloat16: 200.0, torch.float16: 20.0, torch.float32: 24.0}
+
+
+class _Lightning:
+    """What forward and backward share: inputs, tables, decays, launches.
+
+    Attributes:
+        dtype: of states: fp32.
+        num_heads: H.
+        saved: what the forward keeps for the backward: the state carried into each superchunk when every entry state is
+            zero, fp32 [B * H, N, K, V]; nothing if not causal.
+    """
+
+    saved: tuple[Tensor, ...]
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        table: SegmentTable,
+        causal: bool,
+        scale: float,
+    ):
+        _check(q, k, v)
+        self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
+        self.g, self.causal, self.scale, self.dtype = g, causal, scale, torch.float32
+        self.batch, self.length, _, self.key_dim = q.shape
+        self.value_dim, self.num_heads = v.shape[-1], num_heads(q, k, v, g)
+        self.decay = NONE if g is None else {1: FIXED, 3: TOKEN, 4: CHANNEL}[g.dim()]
+        self.gate_heads = 1 if g is None else num_heads(g)
+        self.exact = q.dtype == torch.float32
+        self.rows = self.batch * self.num_heads
+        arch = 0
+        if q.is_cuda:
+            major, minor = torch.cuda.get_device_capability(q.device)
+            arch = 10 * major + minor
+        tokens = self.rows * self.length
+        self.plan = triton_tiles.plan(arch, q.dtype, self.key_dim, self.value_dim, self.decay, tokens)
+        self.pieces = superchunks(table, self.plan.superchunk)
+        self.coarse = self.fine = self.flags = self.before = self.after = self.total = None
+        if self.decay > FIXED:
+            self._prepare_gates(g.contiguous())
+        elif self.decay == FIXED:
+            self.g = g.contiguous()
+
+    def _prepare_gates(self, g: Tensor) -> None:
+        heads, count, chunk = self.gate_heads, self.pieces.count, self.plan.chunk
+        make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=g.device)  # noqa: E731
+        programs = self.batch * heads * count
+        channels = self.key_dim if self.decay == CHANNEL else 1
+        self.total = make(self.batch, heads, count, channels)
+        tables = (self.pieces.pieces, self.length, count)
+        if self.decay == TOKEN:
+            self.fine = make(self.batch, heads, self.length)
+            self.coarse = make(self.batch, heads, self.length) if self.exact else None
+            token_gates[(programs,)](
+                g, self.coarse, self.fine, self.total, *tables, HG=heads, C=chunk, R=16, EXACT=self.exact, num_warps=4
+            )
+        else:
+            self.fine = make(*g.shape)
+            self.flags = torch.empty((self.batch, heads, count), dtype=torch.int32, device=g.device)
+            block = power_of_two(channels)
+            channel_gates[(programs,)](
+                g, self.fine, self.total, self.flags, *tables, _CHUNK_DECAY[self.q.dtype],
+                HG=heads, K=channels, BK=block, C=chunk, num_warps=8 if block > 64 else 4,
+            )  # fmt: skip
+        segments = self.pieces.num_segments
+        self.before, self.after = make(*self.total.shape), make(*self.total.shape)
+        self.whole = make(segments, self.batch, heads, channels)
+        block = power_of_two(channels, 1)
+        sum_gates[(segments * self.batch * heads,)](
+            self.total, self.before, self.after, self.whole, self.pieces.segments, count, segments, self.batch * heads,
+            A=channels, BA=block, R=max(16, 1024 // block) if block > 1 else 128, num_warps=4,
+        )  # fmt: skip
+
+    def _variants(self) -> tuple[tuple[int, bool], ...]:
+        """(C, SAFE) of the launches that share the superchunks of decaying channels; one launch for all else."""
+        plain = (self.plan.chunk, False)
+        return (plain, (CHUNK_SAFE, True)) if self.decay == CHANNEL and self.causal else (plain,)
+
+    def _states(self, x: Tensor, z: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+        """States carried into each superchunk [B * H, N, K, V], and out of each segment [S, B, H, K, V]."""
+        n, segments, (dk, dv) = self.pieces.count, self.pieces.num_segments, (self.key_dim, self.value_dim)
+        states = torch.empty((self.rows, n, dk, dv), dtype=torch.float32, device=x.device)
+        exits = torch.empty((segments, self.batch, self.num_heads, dk, dv), dtype=torch.float32, device=x.device)
+        tile, block_k, block_v = self.plan.tiles["states"], power_of_two(dk), power_of_two(dv)
+        heads = {"H": self.num_heads, "HG": self.gate_heads, "K": dk, "V": dv}
+        for chunk, safe in self._variants():
+            local_states[(n * self.rows * triton.cdiv(dv, tile.block),)](
+                x, z, states, self.g, self.coarse, self.fine, self.flags, self.pieces.pieces,
+                self.scale, self.length, n, self.rows, **heads, HX=x.shape[2], HZ=z.shape[2],
+                BK=block_k, BV=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe, REV=reverse,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+        rows = max(1, 1024 // block_v)
+        scan_states[(segments * self.rows * triton.cdiv(dk, rows),)](
+            states, exits, self.g, self.total, self.pieces.pieces, self.pieces.segments, n, segments, self.rows,
+            **heads, BK=rows, BV=block_v, DECAY=self.decay, REV=reverse, num_warps=4,
+        )  # fmt: skip
+        return states, exits
+
+    def _mix(self, name: str, x, y, z, states, entry, out, *, other=None, rows=None) -> None:
+        """One of o, dq, dv, dk: see :mod:`lasp.kernels.triton_output`."""
+        tile: Tile = self.plan.tiles[name]
+        dx, dz = x.shape[-1], z.shape[-1]
+        reverse = name in ("dv", "dk")
+        for chunk, safe in self._variants():
+            mix[(self.pieces.count * self.rows * triton.cdiv(dz, tile.block),)](
+                x, y, z, out, states, entry, other, rows, self.g, self.coarse, self.fine, self.flags,
+                self.after if reverse else self.before, self.pieces.pieces, self.scale, self.length, self.pieces.count,
+                self.rows, H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2],
+                HO=1 if other is None else other.shape[2], HG=self.gate_heads, DX=dx, DZ=dz, BX=power_of_two(dx),
+                BZ=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe, CAUSAL=self.causal,
+                ENTERED=entry is not None, ROWS=rows is not None, SWAP=name in ("dq", "dk"), REV=reverse,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+
+class Forward(_Lightning):
+    """The forward in stages, with the arguments and results of :class:`lasp.kernels.chunked.Forward`."""
+
+    def state_maps(self, *, local: bool = False) -> StateMap:
+        """The map of every segment: state [segments, B, H, K, V], log_decay [segments, b, H, a]; fp32.
+
+        ``local`` changes nothing here: one output kernel does the rest.
+        """
+        states, exits = self._states(self.k, self.v, reverse=False)
+        self.saved = (states,) if self.causal else ()
+        return StateMap(exits, self._log_decay())
+
+    def _log_decay(self) -> Tensor | None:
+        groups = self.num_heads // self.gate_heads
+        if self.decay == NONE:
+            return None
+        if self.decay == FIXED:
+            total = self.pieces.lengths[:, None] * self.g.double().clamp(min=-100.0)
+            return total.float().repeat_interleave(groups, 1)[:, None, :, None]
+        total = self.whole * _LN2
+        return total if groups == 1 else total.repeat_interleave(groups, 2)
+
+    def local(self) -> None:
+        """Nothing; see the module."""
+
+    def finish(self, entry: Tensor | None, entered: Sequence[bool] | None = None) -> Tensor:
+        """The output [B, T, H, V] in v's dtype.
+
+        Args:
+            entry: state that enters each segment [segments, B, H, K, V], None when all are zero; not causal: the
+                state of each segment's whole document.
+            entered: which of them may differ from zero; all are read.
+        """
+        shape = (self.batch, self.length, self.num_heads, self.value_dim)
+        o = torch.empty(shape, dtype=self.v.dtype, device=self.v.device)
+        states = self.saved[0] if self.causal else None
+        self._mix("o", self.q, self.k, self.v, states, _contiguous(entry), o)
+        return o
+
+
+class Backward(_Lightning):
+    """The backward in stages, with the arguments and results of :class:`lasp.kernels.chunked.Backward`."""
+
+    def __init__(self, q, k, v, g, table, causal, scale, *, saved, entry, exits, do, needs_dg):
+        super().__init__(q, k, v, g, table, causal, scale)
+        self.saved, self.entry, self.exits = tuple(saved), _contiguous(entry), _contiguous(exits)
+        self.do, self.needs_dg = do.contiguous(), needs_dg and g is not None
+        self.dq = self.products = None
+
+    def state_maps(self, *, local: bool = False) -> Tensor:
+        """What this rank's outputs add to the gradient of each segment's entry state, [segments, B, H, K, V].
+
+        ``local``: do the work of :meth:`local` as well.
+        """
+        self.grads, entry_grads = self._states(self.q, self.do, reverse=True)
+        if local:
+            self.local()
+        return entry_grads
+
+    def local(self) -> None:
+        """dq, and for the gate's gradient the products q * dq."""
+        self.dq = self._grad_like(self.q)
+        other = None
+        if self.needs_dg:
+            self.products, other = self._make_products(), self.q
+        states = self.saved[0] if self.causal else None
+        self._mix("dq", self.do, self.v, self.k, states, self.entry, self.dq, other=other, rows=self.products)
+
+    def _make_products(self) -> Tensor:
+        """Room for what dg sums, written by the kernels of dq and dk: see :func:`triton_output.mix`."""
+        if self.decay == CHANNEL:
+            return self.k.new_empty((self.batch, self.length, self.num_heads, self.key_dim), dtype=torch.float32)
+        self._dq_slots = triton.cdiv(self.key_dim, self.plan.tiles["dq"].block)
+        slots = self._dq_slots + triton.cdiv(self.key_dim, self.plan.tiles["dk"].block)
+        return self.k.new_empty((slots, self.rows, self.length), dtype=torch.float32)
+
+    def finish(
+        self, d_exit: Tensor | None, reached: Sequence[bool] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of q, k, v and g, each in its input's shape and dtype; None for ``g`` where not asked for.
+
+        Args:
+            d_exit: gradient of the state after each segment [segments, B, H, K, V], None when all are zero; not
+                causal: the gradient of each segment's document state.
+            reached: which of them may differ from zero; all are read.
+        """
+        d_exit = _contiguous(d_exit)
+        grads = self.grads if self.causal else None
+        dk, dv = self._grad_like(self.k), self._grad_like(self.v)
+        self._mix("dv", self.k, self.q, self.do, grads, d_exit, dv)
+        other = rows = None
+        if self.needs_dg:
+            other, rows = self.k, self.products if self.decay == CHANNEL else self.products[self._dq_slots :]
+        self._mix("dk", self.v, self.do, self.q, grads, d_exit, dk, other=other, rows=rows)
+        dg = self._gate_grad(d_exit) if self.needs_dg else None
+        return _reduced(self.dq, self.q), _reduced(dk, self.k), _reduced(dv, self.v), dg
+
+    def _gate_grad(self, d_exit: Tensor | None) -> Tensor:
+        channels = self.key_dim if self.decay == CHANNEL else 1
+        dg = self.k.new_empty((self.batch, self.length, self.num_heads, channels), dtype=torch.float32)
+        block = min(32, power_of_two(self.key_dim))
+        blocks = triton.cdiv(self.key_dim, block) if self.decay == CHANNEL else 1
+        gate_grads[(self.pieces.count * self.rows * blocks,)](
+            self.products, dg, self.saved[0], self.grads, self.entry, self.exits, d_exit, self.g, self.before,
+            self.after, self.pieces.pieces, self.length, self.pieces.count, self.rows, self.products.shape[0],
+            H=self.num_heads, HG=self.gate_heads, K=self.key_dim, V=self.value_dim, BK=block,
+            BV=min(64, power_of_two(self.value_dim)), C=self.plan.chunk, DECAY=self.decay,
+            ENTERED=self.entry is not None, LEFT=d_exit is not None, num_warps=4,
+        )  # fmt: skip
+        if self.decay == FIXED:
+            return dg.sum((0, 1, 3)).view(self.gate_heads, -1).sum(1).to(self.g.dtype)
+        return _reduced(dg if self.decay == CHANNEL else dg.squeeze(-1), self.g)
+
+    def _grad_like(self, x: Tensor) -> Tensor:
+        """Room for the gradient of ``x`` with H heads; in fp32 where heads that share one are still to be summed."""
+        shape = (self.batch, self.length, self.num_heads, x.shape[-1])
+        return torch.empty(shape, dtype=x.dtype if x.shape[2] == self.num_heads else torch.float32, device=x.device)
+
+
+def _reduced(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad`` [B, T, H, ...] in the shape and dtype of ``x`` [B, T, Hx, ...]."""
+    if grad.shape[2] != x.shape[2]:
+        grad = grad.unflatten(2, (x.shape[2], -1)).sum(3)
+    return grad.to(x.dtype)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dtype not in _CHUNK_DECAY:
+        raise ValueError(
+            f"impl='triton' takes q, k, v in bfloat16, float16 or float32, got {q.dtype}. Convert them, or use "
+            "impl='torch'."
+        )
+    for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
+        if not 1 <= size <= 256:
+            raise ValueError(
+                f"impl='triton' takes head dims up to 256, got {name} = {size}. Use more and smaller heads, or "
+                "impl='torch'."
+            )

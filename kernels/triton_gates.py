@@ -1,0 +1,186 @@
+"""Decays in the Triton kernels: preparation from ``g``, sums over superchunks, and the factors of one chunk.
+
+All decays are kept as base-2 logarithms and every exponent that is used is <= 0. Sums run within chunks of C tokens:
+
+    begin_i = g_first + ... + g_i        end_i = g_{i+1} + ... + g_last        span_ij = g_{j+1} + ... + g_i, j <= i
+
+DECAY is 0 (none), 1 (fixed per head: the sums are products, nothing is stored), 2 (per token), 3 (per key channel).
+
+Per token, ``fine`` [B, HG, T] holds begin. Differences of it lose digits where decays are strong, so for fp32 inputs
+(EXACT) the whole numbers are summed apart in ``coarse``: their differences are exact.
+
+Per channel, ``fine`` [B, T, HG, K] holds begin where every chunk of a superchunk decays little enough for one
+reference point per chunk, and the decays of single tokens in the superchunks that ``flags`` [B, HG, N] marks: those
+are for the SAFE kernels, which sum every span directly. The device decides; the host never asks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-100.0)  # natural; exp of it is 0 in fp32, and a full reset (-inf) stays out of differences
+CHUNK_SAFE = 16
+
+
+@triton.jit(do_not_specialize=["T", "N"])
+def token_gates(
+    p_g, p_coarse, p_fine, p_total, p_pieces, T, N,
+    HG: tl.constexpr, C: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """g [B, T, HG] -> coarse, fine [B, HG, T] and total [B, HG, N], all fp32 base 2. Grid [N * B * HG]."""
+    i_n, i_bh = tl.program_id(0) % N, tl.program_id(0) // N
+    start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
+    i_b, i_h = i_bh // HG, i_bh % HG
+    p_g += (i_b * T + start).to(tl.int64) * HG + i_h
+    p_fine += i_bh.to(tl.int64) * T + start
+    at_chunk = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]  # [R, C]
+    b_total = tl.zeros([R], tl.float32)
+    for i in range(0, tl.cdiv(n, R * C)):
+        at = i * (R * C) + at_chunk
+        b_g = tl.load(p_g + at * HG, mask=at < n, other=0.0).to(tl.float32)
+        b_g = tl.maximum(b_g, LOWEST) * LOG2E
+        b_total += tl.sum(b_g, 1)
+        if EXACT:
+            b_whole = tl.floor(b_g + 0.5)
+            tl.store(p_coarse + i_bh.to(tl.int64) * T + start + at, tl.cumsum(b_whole, 1), mask=at < n)
+            b_g -= b_whole
+        tl.store(p_fine + at, tl.cumsum(b_g, 1), mask=at < n)
+    tl.store(p_total + i_bh * N + i_n, tl.sum(b_total, 0))
+
+
+@triton.jit(do_not_specialize=["T", "N", "limit"])
+def channel_gates(
+    p_g, p_fine, p_total, p_flags, p_pieces, T, N, limit,
+    HG: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """g [B, T, HG, K] -> fine [B, T, HG, K], total [B, HG, N, K] fp32 base 2; flags int32 [B, HG, N].
+
+    A superchunk is flagged where a channel of a chunk decays by more than 2 ** ``limit``. Grid [N * B * HG].
+    """
+    i_n, i_bh = tl.program_id(0) % N, tl.program_id(0) // N
+    start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
+    i_b, i_h = i_bh // HG, i_bh % HG
+    base = ((i_b * T + start).to(tl.int64) * HG + i_h) * K
+    rows, cols = tl.arange(0, C), tl.arange(0, BK)
+    at_chunk = rows[:, None] * (HG * K) + cols[None, :]
+    in_key = cols < K
+    b_total = tl.zeros([BK], tl.float32)
+    b_least = tl.zeros([BK], tl.float32)
+    for i in range(0, tl.cdiv(n, C)):
+        mask = (i * C + rows < n)[:, None] & in_key[None, :]
+        b_g = tl.load(p_g + base + i * (C * HG * K) + at_chunk, mask=mask, other=0.0).to(tl.float32)
+        b_sum = tl.sum(tl.maximum(b_g, LOWEST) * LOG2E, 0)
+        b_total += b_sum
+        b_least = tl.minimum(b_least, b_sum)
+    flag = tl.min(b_least, 0) < -limit
+    tl.store(p_total + (i_bh * N + i_n).to(tl.int64) * K + cols, b_total, mask=in_key)
+    tl.store(p_flags + i_bh * N + i_n, flag.to(tl.int32))
+    for i in range(0, tl.cdiv(n, C)):
+        mask = (i * C + rows < n)[:, None] & in_key[None, :]
+        b_g = tl.load(p_g + base + i * (C * HG * K) + at_chunk, mask=mask, other=0.0).to(tl.float32)
+        b_g = tl.maximum(b_g, LOWEST) * LOG2E
+        b_g = tl.where(flag, b_g, tl.cumsum(b_g, 0))
+        tl.store(p_fine + base + i * (C * HG * K) + at_chunk, b_g, mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "S"])
+def sum_gates(
+    p_total, p_before, p_after, p_whole, p_segments, N, S, BHG,
+    A: tl.constexpr, BA: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Decay of each superchunk's segment before it and after it [B, HG, N, A], and whole [S, B, HG, A].
+
+    Sums of ``total`` [B, HG, N, A], each taken directly. Grid [S * B * HG].
+    """
+    i_s, i_bh = tl.program_id(0) % S, tl.program_id(0) // S
+    first, last = tl.load(p_segments + i_s), tl.load(p_segments + S + i_s)
+    base = i_bh.to(tl.int64) * N * A
+    rows, cols = tl.arange(0, R), tl.arange(0, BA)
+    in_gate = (cols < A)[None, :]
+    b_sum = tl.zeros([BA], tl.float32)
+    for i in range(0, tl.cdiv(last - first, R)):
+        at = first + i * R + rows
+        p_row = base + at[:, None] * A + cols[None, :]
+        b_own = tl.load(p_total + p_row, mask=(at < last)[:, None] & in_gate, other=0.0)
+        b_earlier = tl.load(p_total + p_row - A, mask=((rows > 0) & (at < last))[:, None] & in_gate, other=0.0)
+        tl.store(p_before + p_row, b_sum[None, :] + tl.cumsum(b_earlier, 0), mask=(at < last)[:, None] & in_gate)
+        b_sum += tl.sum(b_own, 0)
+    tl.store(p_whole + (i_s * BHG + i_bh).to(tl.int64) * A + cols, b_sum, mask=cols < A)
+    b_sum = tl.zeros([BA], tl.float32)
+    for i in range(0, tl.cdiv(last - first, R)):
+        at = last - (i + 1) * R + rows
+        p_row = base + at[:, None] * A + cols[None, :]
+        b_own = tl.load(p_total + p_row, mask=(at >= first)[:, None] & in_gate, other=0.0)
+        later = ((rows < R - 1) & (at + 1 >= first))[:, None] & in_gate
+        b_later = tl.load(p_total + p_row + A, mask=later, other=0.0)
+        b_after = b_sum[None, :] + tl.cumsum(b_later, 0, reverse=True)
+        tl.store(p_after + p_row, b_after, mask=(at >= first)[:, None] & in_gate)
+        b_sum += tl.sum(b_own, 0)
+
+
+@triton.jit
+def fixed_slope(p_g, i_hg, DECAY: tl.constexpr):
+    """Base-2 log-decay per token of a head; 0 unless the decay is fixed."""
+    slope = 0.0
+    if DECAY == 1:
+        slope = tl.maximum(tl.load(p_g + i_hg).to(tl.float32), LOWEST) * LOG2E
+    return slope
+
+
+@triton.jit
+def row_decays(slope, p_coarse, p_fine, t, left, rows, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
+    """begin and end [C], total [] of the chunk at token t, for decays that all channels share.
+
+    Rows behind the ``left`` tokens repeat the last one, so their exponents stay <= 0.
+    """
+    last = tl.minimum(left, C) - 1
+    row = tl.minimum(rows, last)
+    if DECAY == 1:
+        b_begin = (row + 1).to(tl.float32) * slope
+        b_end = (last - row).to(tl.float32) * slope
+        total = (last + 1).to(tl.float32) * slope
+    else:
+        b_begin, total = tl.load(p_fine + t + row), tl.load(p_fine + t + last)
+        b_end = total - b_begin
+        if EXACT:
+            b_coarse, coarse = tl.load(p_coarse + t + row), tl.load(p_coarse + t + last)
+            b_end += coarse - b_coarse
+            b_begin += b_coarse
+            total += coarse
+    return b_begin, b_end, total
+
+
+@triton.jit
+def row_spans(slope, p_coarse, p_fine, t, left, rows, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
+    """span [C, C], row minus column; its negative above the diagonal is the span of the transpose."""
+    if DECAY == 1:
+        b_span = (rows[:, None] - rows[None, :]).to(tl.float32) * slope
+    else:
+        row = tl.minimum(rows, tl.minimum(left, C) - 1)
+        b_fine = tl.load(p_fine + t + row)
+        b_span = b_fine[:, None] - b_fine[None, :]
+        if EXACT:
+            b_coarse = tl.load(p_coarse + t + row)
+            b_span += b_coarse[:, None] - b_coarse[None, :]
+    return b_span
+
+
+@triton.jit
+def channel_decays(p_fine, t, left, rows, cols, HG: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SAFE: tl.constexpr):
+    """begin and end [C, BK], total [BK] of the chunk at token t, for decays of single channels."""
+    p_chunk = p_fine + t * (HG * K)
+    in_key = (cols < K)[None, :]
+    last = tl.minimum(left, C) - 1
+    if SAFE:
+        at = rows[:, None] * (HG * K) + cols[None, :]
+        b_g = tl.load(p_chunk + at, mask=(rows <= last)[:, None] & in_key, other=0.0)
+        b_later = tl.load(p_chunk + HG * K + at, mask=(rows < last)[:, None] & in_key, other=0.0)
+        b_begin, b_end, b_total = tl.cumsum(b_g, 0), tl.cumsum(b_later, 0, reverse=True), tl.sum(b_g, 0)
+    else:
+        row = tl.minimum(rows, last)
+        b_begin = tl.load(p_chunk + row[:, None] * (HG * K) + cols[None, :], mask=in_key, other=0.0)
+        b_total = tl.load(p_chunk + last * (HG * K) + cols, mask=cols < K, other=0.0)
+        b_end = b_total[None, :] - b_begin
+    return b_begin, b_end, b_total
