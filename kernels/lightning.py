@@ -69,18 +69,25 @@ class _Lightning:
         self.gate_heads = 1 if g is None else num_heads(g)
         self.exact = q.dtype == torch.float32
         self.rows = self.batch * self.num_heads
-        arch = 0
-        if q.is_cuda:
-            major, minor = torch.cuda.get_device_capability(q.device)
-            arch = 10 * major + minor
-        tokens = self.rows * self.length
-        self.plan = triton_tiles.plan(arch, q.dtype, self.key_dim, self.value_dim, self.decay, tokens)
+        sizes = self.key_dim, self.value_dim, self.decay, self.rows * self.length
+        self.plan = triton_tiles.plan(self._arch(), q.dtype, *sizes)
         self.pieces = superchunks(table, self.plan.superchunk)
         self.coarse = self.fine = self.flags = self.before = self.after = self.total = None
         if self.decay > FIXED:
             self._prepare_gates(g.contiguous())
         elif self.decay == FIXED:
             self.g = g.contiguous()
+
+    def _arch(self) -> int:
+        """Compute capability, as 90; 0 without a GPU: the interpreter."""
+        if not self.q.is_cuda:
+            return 0
+        major, minor = torch.cuda.get_device_capability(self.q.device)
+        return 10 * major + minor
+
+    def _launch(self, kernel, programs: int, *args, **options) -> None:
+        with torch.cuda.device_of(self.q):
+            kernel[(programs,)](*args, **options)
 
     def _prepare_gates(self, g: Tensor) -> None:
         heads, count, chunk = self.gate_heads, self.pieces.count, self.plan.chunk
@@ -92,14 +99,14 @@ class _Lightning:
         if self.decay == TOKEN:
             self.fine = make(self.batch, heads, self.length)
             self.coarse = make(self.batch, heads, self.length) if self.exact else None
-            token_gates[(programs,)](
-                g, self.coarse, self.fine, self.total, *tables, HG=heads, C=chunk, R=16, EXACT=self.exact, num_warps=4
-            )
+            options = {"HG": heads, "C": chunk, "R": 16, "EXACT": self.exact, "num_warps": 4}
+            self._launch(token_gates, programs, g, self.coarse, self.fine, self.total, *tables, **options)
         else:
             self.fine = make(*g.shape)
             self.flags = torch.empty((self.batch, heads, count), dtype=torch.int32, device=g.device)
             block = power_of_two(channels)
-            channel_gates[(programs,)](
+            self._launch(
+                channel_gates, programs,
                 g, self.fine, self.total, self.flags, *tables, _CHUNK_DECAY[self.q.dtype],
                 HG=heads, K=channels, BK=block, C=chunk, num_warps=8 if block > 64 else 4,
             )  # fmt: skip
@@ -107,7 +114,8 @@ class _Lightning:
         self.before, self.after = make(*self.total.shape), make(*self.total.shape)
         self.whole = make(segments, self.batch, heads, channels)
         block = power_of_two(channels, 1)
-        sum_gates[(segments * self.batch * heads,)](
+        self._launch(
+            sum_gates, segments * self.batch * heads,
             self.total, self.before, self.after, self.whole, self.pieces.segments, count, segments, self.batch * heads,
             A=channels, BA=block, R=max(16, 1024 // block) if block > 1 else 128, num_warps=4,
         )  # fmt: skip
@@ -125,14 +133,16 @@ class _Lightning:
         tile, block_k, block_v = self.plan.tiles["states"], power_of_two(dk), power_of_two(dv)
         heads = {"H": self.num_heads, "HG": self.gate_heads, "K": dk, "V": dv}
         for chunk, safe in self._variants():
-            local_states[(n * self.rows * triton.cdiv(dv, tile.block),)](
+            self._launch(
+                local_states, n * self.rows * triton.cdiv(dv, tile.block),
                 x, z, states, self.g, self.coarse, self.fine, self.flags, self.pieces.pieces,
                 self.scale, self.length, n, self.rows, **heads, HX=x.shape[2], HZ=z.shape[2],
                 BK=block_k, BV=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe, REV=reverse,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         rows = max(1, 1024 // block_v)
-        scan_states[(segments * self.rows * triton.cdiv(dk, rows),)](
+        self._launch(
+            scan_states, segments * self.rows * triton.cdiv(dk, rows),
             states, exits, self.g, self.total, self.pieces.pieces, self.pieces.segments, n, segments, self.rows,
             **heads, BK=rows, BV=block_v, DECAY=self.decay, REV=reverse, num_warps=4,
         )  # fmt: skip
@@ -144,7 +154,8 @@ class _Lightning:
         dx, dz = x.shape[-1], z.shape[-1]
         reverse = name in ("dv", "dk")
         for chunk, safe in self._variants():
-            mix[(self.pieces.count * self.rows * triton.cdiv(dz, tile.block),)](
+            self._launch(
+                mix, self.pieces.count * self.rows * triton.cdiv(dz, tile.block),
                 x, y, z, out, states, entry, other, rows, self.g, self.coarse, self.fine, self.flags,
                 self.after if reverse else self.before, self.pieces.pieces, self.scale, self.length, self.pieces.count,
                 self.rows, H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2],
@@ -257,7 +268,8 @@ class Backward(_Lightning):
         dg = self.k.new_empty((self.batch, self.length, self.num_heads, channels), dtype=torch.float32)
         block = min(32, power_of_two(self.key_dim))
         blocks = triton.cdiv(self.key_dim, block) if self.decay == CHANNEL else 1
-        gate_grads[(self.pieces.count * self.rows * blocks,)](
+        self._launch(
+                gate_grads, self.pieces.count * self.rows * blocks,
             self.products, dg, self.saved[0], self.grads, self.entry, self.exits, d_exit, self.g, self.before,
             self.after, self.pieces.pieces, self.length, self.pieces.count, self.rows, self.products.shape[0],
             H=self.num_heads, HG=self.gate_heads, K=self.key_dim, V=self.value_dim, BK=block,
