@@ -232,16 +232,17 @@ class Backward(_Chunked):
 
     Args:
         q, k, v, g, table, causal, scale: as given to the forward.
-        saved, kept_gates: attributes of the forward.
+        saved: attribute of the forward.
         entry: as given to :meth:`Forward.finish`.
         exits: state after each segment [segments, B, H, K, V].
         do: gradient of the output [B, T, H, V].
         needs_dg: whether the gradient of ``g`` is asked for.
+        kept_gates: attribute of the forward; None makes the decays again.
     """
 
-    def __init__(self, q, k, v, g, table, causal, scale, *, saved, kept_gates, entry, exits, do, needs_dg):
+    def __init__(self, q, k, v, g, table, causal, scale, *, saved, entry, exits, do, needs_dg, kept_gates=None):
         super().__init__(q, k, v, g, table, causal, scale)
-        self.saved, self.kept_gates = saved, kept_gates
+        self.saved, self.kept_gates = saved, {} if kept_gates is None else kept_gates
         self.entry, self.exits, self.do = entry, exits, do
         self.needs_dg = needs_dg and g is not None
 

@@ -1,0 +1,142 @@
+"""Cases of the Triton kernels, run in a process whose Triton interprets: against the reference in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+from lasp.kernels import chunked, triton_tiles
+from lasp.kernels.reference import recurrence
+from lasp.kernels.segments import SegmentTable
+from lasp.kernels.state import StateMap, transition
+from lasp.kernels.triton_tiles import KERNELS, Plan, Tile
+
+
+@dataclass(frozen=True)
+class Case:
+    """One forward and backward; every segment is a document of its own, its entry state the initial state."""
+
+    gate: str
+    borders: tuple[int, ...] = (0, 75)
+    batch: int = 1
+    heads: tuple[int, int, int, int] = (2, 2, 2, 2)  # of q, k, v, g
+    key_dim: int = 16
+    value_dim: int = 24
+    states: bool = True
+    causal: bool = True
+    strength: float = 1.0
+    reset: int | None = None  # token with a decay of -inf
+    chunk: int = 16
+    superchunk: int = 32
+    block: int = 16
+
+    def inputs(self) -> dict[str, torch.Tensor | None]:
+        generator = torch.Generator().manual_seed(0)
+        randn = lambda *shape: torch.randn(*shape, generator=generator).double()  # noqa: E731
+        hq, hk, hv, hg = self.heads
+        heads, total, segments = max(self.heads), self.borders[-1], len(self.borders) - 1
+        gates = {"fixed": (hg,), "token": (self.batch, total, hg), "channel": (self.batch, total, hg, self.key_dim)}
+        state = (segments, self.batch, heads, self.key_dim, self.value_dim)
+        x = {
+            "q": randn(self.batch, total, hq, self.key_dim),
+            "k": randn(self.batch, total, hk, self.key_dim),
+            "v": randn(self.batch, total, hv, self.value_dim),
+            "g": None,
+            "do": randn(self.batch, total, heads, self.value_dim),
+            "entry": randn(*state) if self.states else None,
+            "d_exit": randn(*state) if self.states else None,
+        }
+        if self.gate != "none":
+            x["g"] = (self.strength * torch.nn.functional.logsigmoid(randn(*gates[self.gate]))).float().double()
+            if self.reset is not None:
+                x["g"][:, self.reset] = -torch.inf
+        return x
+
+
+def expected(case: Case) -> dict[str, torch.Tensor]:
+    """Outputs, states and gradients by the token-by-token reference."""
+    x = case.inputs()
+    segments = len(case.borders) - 1
+    by_row = (lambda t: t.squeeze(1)) if segments > 1 else (lambda t: t.squeeze(0))
+    leaves = {n: x[n].requires_grad_() for n in ("q", "k", "v", "g", "entry") if x[n] is not None}
+    initial = None if x["entry"] is None else by_row(x["entry"])
+    o, final = recurrence(
+        *(x[n] for n in "qkvg"), cu_seqlens=case.borders, causal=case.causal, initial_state=initial
+    )  # fmt: skip
+    loss = (o * x["do"]).sum()
+    if x["d_exit"] is not None:
+        loss = loss + (final * by_row(x["d_exit"])).sum()
+    loss.backward()
+    out = {"o": o.detach(), **{"d" + n: t.grad for n, t in leaves.items()}}
+    if case.causal:
+        out["exits"] = final.detach().view(segments, case.batch, *final.shape[1:])
+    if x["g"] is not None and case.strength > 1.0:  # dg sums q dq - k dk, for a fixed gate over the tokens as well
+        products = [(x[n] * out["d" + n]).detach().sum(-1).abs() for n in "qk"]
+        out["terms"] = max(p.sum((0, 1)).max() if case.gate == "fixed" else p.max() for p in products)
+    return out
+
+
+def actual(case: Case, operator=None, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The same by the stages of ``operator``: a module with Forward and Backward."""
+    from lasp.kernels import lightning
+
+    operator = lightning if operator is None else operator
+    x = {n: None if t is None else t.to(dtype) for n, t in case.inputs().items()}
+    table = SegmentTable(list(zip(case.borders, case.borders[1:])), torch.device("cpu"))
+    arguments = *(x[n] for n in "qkvg"), table, case.causal, case.key_dim**-0.5
+    tiles = {kernel: Tile(case.block, 4, 2) for kernel in KERNELS}
+    with mock.patch.object(triton_tiles, "plan", lambda *_: Plan(case.chunk, case.superchunk, tiles)):
+        forward = operator.Forward(*arguments)
+        maps = forward.state_maps()
+        forward.local()
+        entry = x["entry"] if case.causal else maps.state
+        o = forward.finish(entry)
+        exits = maps.state if entry is None or not case.causal else maps.state + transition(maps, entry)
+        saved = forward.saved
+        known = {"saved": saved, "entry": entry, "exits": exits, "do": x["do"], "needs_dg": True}
+        backward = operator.Backward(*arguments, **known)
+        grads = backward.state_maps()
+        backward.local()
+        d_exit = x["d_exit"] if case.causal else grads
+        dq, dk, dv, dg = backward.finish(d_exit)
+    d_entry = grads if d_exit is None else grads + transition(StateMap(grads, maps.log_decay), d_exit)
+    return {"o": o, "exits": exits, "dq": dq, "dk": dk, "dv": dv, "dg": dg, "dentry": d_entry}
+
+
+def errors(case: Case, operator=None, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Largest error over the largest reference value; for dg at strong decay, over what cancels in it if larger."""
+    want, found = expected(case), actual(case, operator, dtype)
+    terms = want.pop("terms", torch.zeros(()))
+    result = {}
+    for name, target in want.items():
+        value = found[name]
+        assert value.shape == target.shape, f"{case} {name}: {tuple(value.shape)} is not {tuple(target.shape)}"
+        assert value.dtype == dtype, f"{case} {name}: {value.dtype}"
+        assert value.isfinite().all(), f"{case} {name}: not finite"
+        scale = max(target.abs().max().item(), terms.item() if name == "dg" else 0.0, 1e-30)
+        result[name] = (value.double() - target).abs().max().item() / scale
+    return result
+
+
+def compare(_group, cases: list[Case]) -> list[tuple[Case, dict[str, float]]]:
+    """Errors of the Triton kernels for each case."""
+    return [(case, errors(case)) for case in cases]
+
+
+def compare_with_torch(_group, cases: list[Case]) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Errors of the Triton kernels and of the PyTorch operator, both in fp32."""
+    return [(errors(case), errors(case, chunked)) for case in cases]
+
+
+def refusal(_group, dtype: torch.dtype, dim: int) -> str:
+    """The message of the ValueError that these inputs cause."""
+    from lasp.kernels import lightning
+
+    x = torch.zeros(1, 4, 1, dim, dtype=dtype)
+    try:
+        lightning.Forward(x, x, x, None, SegmentTable([(0, 4)], x.device), True, 1.0)
+    except ValueError as error:
+        return str(error)
+    return ""
