@@ -133,32 +133,21 @@ def mix(
                 b_state *= tl.exp2(total)
             b_out += tl.dot(b_scores.to(dtype), b_z, input_precision="ieee") * scale
             if DECAY > 0:
-                b_z = (b_z.to(tl.float32) * tl.exp2(b_begin if REV else b_end)[:, None]).to(dtype)
-            if REV:
+                b_into = tl.exp2(b_begin if REV else b_end)
+                b_z = (b_z.to(tl.float32) * (b_into * scale if REV else b_into)[:, None]).to(dtype)
+            elif REV:
                 b_z = (b_z.to(tl.float32) * scale).to(dtype)
             b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
-        else:
+        elif SAFE:
             b_begin, b_end, b_total = channel_decays(p_fine, t, left, rows, cols_k, HG, KEYS, C, SAFE)
             b_near = tl.exp2(b_end if REV else b_begin)  # of x or out, towards the state
             b_far = tl.exp2(b_begin if REV else b_end)  # of y or z, into the state
-            if SAFE:
-                b_within = within_safe(
-                    b_x, p_y + t * (HY * DX) + cols_x, p_z + t * (HZ * DZ) + cols_z, p_fine + t * (HG * KEYS) + cols_k,
-                    left, rows, cols_k, mask_x, mask_z, HY * DX, HZ * DZ, HG * KEYS, KEYS, BX, BZ, C, SWAP, REV,
-                )  # fmt: skip
-            else:
-                b_shift = 0.5 * b_total[None, :] - (b_end if REV else b_begin)
-                b_x_near, b_y_far, b_z_far = b_x, b_y, b_z
-                if SWAP:
-                    b_z_far = (b_z.to(tl.float32) * tl.exp2(b_shift)).to(dtype)
-                else:
-                    b_x_near = (b_x.to(tl.float32) * tl.exp2(-b_shift)).to(dtype)
-                    b_y_far = (b_y.to(tl.float32) * tl.exp2(b_shift)).to(dtype)
-                b_scores = tl.dot(b_x_near, tl.trans(b_y_far), input_precision="ieee")
-                b_scores = tl.where(seen, b_scores, 0.0)
-                b_within = tl.dot(b_scores.to(dtype), b_z_far, input_precision="ieee")
-                if SWAP:
-                    b_within *= tl.exp2(-b_shift)
+            if REV:
+                b_far *= scale
+            b_within = within_safe(
+                b_x, p_y + t * (HY * DX) + cols_x, p_z + t * (HZ * DZ) + cols_z, p_fine + t * (HG * KEYS) + cols_k,
+                left, rows, cols_k, mask_x, mask_z, HY * DX, HZ * DZ, HG * KEYS, KEYS, BX, BZ, C, SWAP, REV,
+            )  # fmt: skip
             if SWAP:
                 b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * b_near * state_scale
                 b_z = (b_z.to(tl.float32) * b_far).to(dtype)
@@ -169,9 +158,27 @@ def mix(
                 b_y = (b_y.to(tl.float32) * b_far).to(dtype)
                 b_state *= tl.exp2(b_total)[:, None]
             b_out += b_within * scale
-            if REV:
-                b_z = (b_z.to(tl.float32) * scale).to(dtype)
             b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
+        else:
+            # everything relative to the middle of the chunk's decay; the state crosses each half on its own
+            b_begin, b_end, b_total = channel_decays(p_fine, t, left, rows, cols_k, HG, KEYS, C, SAFE)
+            b_shift = (b_begin - 0.5 * b_total[None, :]) if REV else (0.5 * b_total[None, :] - b_begin)
+            b_half = tl.exp2(0.5 * b_total)[None, :] if SWAP else tl.exp2(0.5 * b_total)[:, None]
+            if SWAP:
+                b_z = (b_z.to(tl.float32) * tl.exp2(b_shift)).to(dtype)
+                if REV:
+                    b_y = (b_y.to(tl.float32) * scale).to(dtype)
+            else:
+                b_x = (b_x.to(tl.float32) * tl.exp2(-b_shift)).to(dtype)
+                b_weight = tl.exp2(b_shift) * scale if REV else tl.exp2(b_shift)
+                b_y = (b_y.to(tl.float32) * b_weight).to(dtype)
+            b_scores = tl.where(seen, tl.dot(b_x, tl.trans(b_y), input_precision="ieee"), 0.0)
+            b_state *= b_half
+            b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * state_scale
+            b_out += tl.dot(b_scores.to(dtype), b_z, input_precision="ieee") * state_scale
+            if SWAP:
+                b_out *= tl.exp2(-b_shift)
+            b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee") * b_half
 
         mask = in_row & in_z
         tl.store(p_out + t * (H * DZ) + at_out, b_out.to(p_out.dtype.element_ty), mask=mask)
