@@ -28,7 +28,7 @@ class Plan:
     Attributes:
         chunk: tokens per chunk, C.
         superchunk: most tokens per superchunk, L.
-        tiles: by kernel: ``states``, ``scan``, ``o``, ``dq``, ``dv``, ``dk``.
+        tiles: of each of ``KERNELS``.
     """
 
     chunk: int
@@ -37,6 +37,27 @@ class Plan:
 
 
 KERNELS = ("states", "o", "dq", "dv", "dk")
+ARCHITECTURES = (80, 90, 100)  # smallest compute capability that each part of the table is for
+DIMS = (64, 128, 256)  # largest of K and V that each part of the table is for
+
+_QUARTER, _HALF, _FULL = Tile(32, 8, 2), Tile(64, 8, 2), Tile(128, 8, 2)
+_SMALL, _STATES = Tile(64, 4, 2), Tile(128, 8, 3)
+_SHARED = dict.fromkeys(KERNELS, _FULL) | {"states": _STATES}
+_SPLIT = dict.fromkeys(KERNELS, _HALF)
+_ALL_SMALL = dict.fromkeys(KERNELS, _SMALL)
+# (architecture, dim): tiles for decays that all channels share, tiles for decays of channels
+_TABLE = {
+    (80, 64): (_ALL_SMALL, _SPLIT),
+    (80, 128): (_SPLIT, _SPLIT | {"dq": _QUARTER, "dv": _QUARTER, "dk": _QUARTER}),
+    (80, 256): (dict.fromkeys(KERNELS, _QUARTER), dict.fromkeys(KERNELS, _QUARTER)),
+    (90, 64): (_ALL_SMALL, _ALL_SMALL),
+    (90, 128): (_SHARED, _SHARED | {"dq": _HALF, "dk": _HALF}),
+    (90, 256): (_SPLIT, _SPLIT | {"o": _QUARTER}),
+    (100, 64): (_ALL_SMALL, _ALL_SMALL),
+    (100, 128): (_SHARED, _SHARED | {"dq": _HALF, "dk": _HALF}),
+    (100, 256): (_SPLIT, _SPLIT),
+}
+_FEW_TOKENS = 1 << 16  # B * H * T below which programs are too few for a device, so they share less
 
 
 def power_of_two(size: int, least: int = 16) -> int:
@@ -55,14 +76,18 @@ def superchunk(decay: int, tokens: int) -> int:
 
 def plan(arch: int, dtype: torch.dtype, key_dim: int, value_dim: int, decay: int, tokens: int) -> Plan:
     """The choices for compute capability ``arch`` (0: the interpreter)."""
-    tiles = {kernel: tile(arch, dtype.itemsize, key_dim, value_dim, decay, kernel) for kernel in KERNELS}
-    return Plan(64, superchunk(decay, tokens), tiles)
+    tiles = {kernel: tile(arch, dtype.itemsize, key_dim, value_dim, decay, tokens, kernel) for kernel in KERNELS}
+    wide = decay == 3 and max(key_dim, value_dim) > 128
+    return Plan(32 if wide or dtype.itemsize == 4 else 64, superchunk(decay, tokens), tiles)
 
 
-def tile(arch: int, itemsize: int, key_dim: int, value_dim: int, decay: int, kernel: str) -> Tile:
+def tile(arch: int, itemsize: int, key_dim: int, value_dim: int, decay: int, tokens: int, kernel: str) -> Tile:
     """The tile of one kernel."""
-    inner, outer = (key_dim, value_dim) if kernel in ("states", "o", "dv") else (value_dim, key_dim)
-    inner, outer = power_of_two(inner), power_of_two(outer)
+    outer = power_of_two(value_dim if kernel in ("states", "o", "dv") else key_dim)
     if itemsize == 4:  # IEEE products on CUDA cores: small blocks
         return Tile(min(outer, 32), 4, 1)
-    return Tile(min(outer, 64), 4, 2)
+    known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+    dim = next(d for d in DIMS if d >= max(key_dim, value_dim))
+    chosen = _TABLE[known, dim][decay == 3][kernel]
+    block = min(chosen.block, outer, 64 if tokens < _FEW_TOKENS else 256)
+    return Tile(block, chosen.warps, chosen.stages)
