@@ -153,11 +153,12 @@ class _Lightning:
         tile: Tile = self.plan.tiles[name]
         dx, dz = x.shape[-1], z.shape[-1]
         reverse = name in ("dv", "dk")
+        scale = self.scale if self.scale or not reverse else 1e-30  # divides gradients of states there
         for chunk, safe in self._variants():
             self._launch(
                 mix, self.pieces.count * self.rows * triton.cdiv(dz, tile.block),
                 x, y, z, out, states, entry, other, rows, self.g, self.coarse, self.fine, self.flags,
-                self.after if reverse else self.before, self.pieces.pieces, self.scale, self.length, self.pieces.count,
+                self.after if reverse else self.before, self.pieces.pieces, scale, self.length, self.pieces.count,
                 self.rows, H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2],
                 HO=1 if other is None else other.shape[2], HG=self.gate_heads, DX=dx, DZ=dz, BX=power_of_two(dx),
                 BZ=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe, CAUSAL=self.causal,

@@ -2,13 +2,13 @@
 
 A program walks through the chunks of a superchunk with a state S in registers:
 
-    out_i = scale * sum_j D_ij (x_i . y_j) z_j  +  w_i x_i . S          S <- A S + sum_j u_j y_j z_j^T
+    out_i = scale * (sum_j D_ij (x_i . y_j) z_j  +  w_i x_i . S)        S <- A S + sum_j u_j y_j z_j^T
 
-    out   x   y   z    state          sweep     j       w                   u
-    o     q   k   v    S      [K, V]  forward   <= i    scale * begin_i     end_j
-    dq    do  v   k    S^T    [V, K]  forward   <= i    scale * begin_i     end_j
-    dv    k   q   do   dS     [K, V]  REV       >= i    end_i               scale * begin_j
-    dk    v   do  q    dS^T   [V, K]  REV       >= i    end_i               scale * begin_j
+    out   x   y   z    state                sweep     j       w         u
+    o     q   k   v    S            [K, V]  forward   <= i    begin_i   end_j
+    dq    do  v   k    S^T          [V, K]  forward   <= i    begin_i   end_j
+    dv    k   q   do   dS / scale   [K, V]  REV       >= i    end_i     begin_j
+    dk    v   do  q    dS^T / scale [V, K]  REV       >= i    end_i     begin_j
 
 with D, begin and end as in :mod:`lasp.kernels.triton_gates`; SWAP marks the transposed states. Where key channels
 decay on their own, the decays go with q and k: with x and y, or with SWAP with z and out. Both terms of ``out`` carry a
@@ -103,9 +103,10 @@ def mix(
             b_decay = tl.exp2(tl.load(p_decay + cols_k, mask=cols_k < KEYS, other=0.0))
             b_entry *= b_decay[None, :] if SWAP else b_decay[:, None]
         b_state += b_entry
+    if REV:
+        b_state *= 1.0 / scale  # a gradient holds the factor that ``out`` will get
 
     dtype: tl.constexpr = p_x.dtype.element_ty
-    state_scale = 1.0 if REV else scale
     seen = (rows[:, None] <= rows[None, :]) if REV else (rows[:, None] >= rows[None, :])
     chunks = tl.cdiv(n, C)
     for i in range(0, chunks):
@@ -118,43 +119,38 @@ def mix(
             b_z = tl.load(p_z + t * (HZ * DZ) + at_z, mask=in_row & in_z, other=0.0)
 
         if not CAUSAL:
-            b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * state_scale
+            b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * scale
         elif DECAY < 3:
             b_scores = tl.dot(b_x, tl.trans(b_y), input_precision="ieee")
             if DECAY == 0:
                 b_scores = tl.where(seen, b_scores, 0.0)
-                b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * state_scale
+                b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * scale
             else:
                 b_span = row_spans(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
                 b_scores *= tl.exp2(tl.where(seen, -b_span if REV else b_span, float("-inf")))
                 b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
-                b_weight = tl.exp2(b_end if REV else b_begin) * state_scale
+                b_weight = tl.exp2(b_end if REV else b_begin) * scale
                 b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * b_weight[:, None]
                 b_state *= tl.exp2(total)
             b_out += tl.dot(b_scores.to(dtype), b_z, input_precision="ieee") * scale
             if DECAY > 0:
-                b_into = tl.exp2(b_begin if REV else b_end)
-                b_z = (b_z.to(tl.float32) * (b_into * scale if REV else b_into)[:, None]).to(dtype)
-            elif REV:
-                b_z = (b_z.to(tl.float32) * scale).to(dtype)
+                b_z = (b_z.to(tl.float32) * tl.exp2(b_begin if REV else b_end)[:, None]).to(dtype)
             b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
         elif SAFE:
             b_begin, b_end, b_total = channel_decays(p_fine, t, left, rows, cols_k, HG, KEYS, C, SAFE)
             b_near = tl.exp2(b_end if REV else b_begin)  # of x or out, towards the state
             b_far = tl.exp2(b_begin if REV else b_end)  # of y or z, into the state
-            if REV:
-                b_far *= scale
             b_within = within_safe(
                 b_x, p_y + t * (HY * DX) + cols_x, p_z + t * (HZ * DZ) + cols_z, p_fine + t * (HG * KEYS) + cols_k,
                 left, rows, cols_k, mask_x, mask_z, HY * DX, HZ * DZ, HG * KEYS, KEYS, BX, BZ, C, SWAP, REV,
             )  # fmt: skip
             if SWAP:
-                b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * b_near * state_scale
+                b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * b_near * scale
                 b_z = (b_z.to(tl.float32) * b_far).to(dtype)
                 b_state *= tl.exp2(b_total)[None, :]
             else:
                 b_x = (b_x.to(tl.float32) * b_near).to(dtype)
-                b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * state_scale
+                b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * scale
                 b_y = (b_y.to(tl.float32) * b_far).to(dtype)
                 b_state *= tl.exp2(b_total)[:, None]
             b_out += b_within * scale
@@ -166,16 +162,13 @@ def mix(
             b_half = tl.exp2(0.5 * b_total)[None, :] if SWAP else tl.exp2(0.5 * b_total)[:, None]
             if SWAP:
                 b_z = (b_z.to(tl.float32) * tl.exp2(b_shift)).to(dtype)
-                if REV:
-                    b_y = (b_y.to(tl.float32) * scale).to(dtype)
             else:
                 b_x = (b_x.to(tl.float32) * tl.exp2(-b_shift)).to(dtype)
-                b_weight = tl.exp2(b_shift) * scale if REV else tl.exp2(b_shift)
-                b_y = (b_y.to(tl.float32) * b_weight).to(dtype)
+                b_y = (b_y.to(tl.float32) * tl.exp2(b_shift)).to(dtype)
             b_scores = tl.where(seen, tl.dot(b_x, tl.trans(b_y), input_precision="ieee"), 0.0)
             b_state *= b_half
-            b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * state_scale
-            b_out += tl.dot(b_scores.to(dtype), b_z, input_precision="ieee") * state_scale
+            b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * scale
+            b_out += tl.dot(b_scores.to(dtype), b_z, input_precision="ieee") * scale
             if SWAP:
                 b_out *= tl.exp2(-b_shift)
             b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee") * b_half

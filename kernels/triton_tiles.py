@@ -47,15 +47,15 @@ _SPLIT = dict.fromkeys(KERNELS, _HALF)
 _ALL_SMALL = dict.fromkeys(KERNELS, _SMALL)
 # (architecture, dim): tiles for decays that all channels share, tiles for decays of channels
 _TABLE = {
-    (80, 64): (_ALL_SMALL, _SPLIT),
+    (80, 64): (_ALL_SMALL, _SPLIT | {"dq": _QUARTER, "dk": _QUARTER}),
     (80, 128): (_SPLIT, _SPLIT | {"dq": _QUARTER, "dv": _QUARTER, "dk": _QUARTER}),
     (80, 256): (dict.fromkeys(KERNELS, _QUARTER), dict.fromkeys(KERNELS, _QUARTER)),
     (90, 64): (_ALL_SMALL, _ALL_SMALL),
     (90, 128): (_SHARED, _SHARED | {"dq": _HALF, "dk": _HALF}),
-    (90, 256): (_SPLIT, _SPLIT | {"o": _QUARTER}),
+    (90, 256): (_SPLIT, _SPLIT | {"o": _QUARTER, "dv": _QUARTER}),
     (100, 64): (_ALL_SMALL, _ALL_SMALL),
     (100, 128): (_SHARED, _SHARED | {"dq": _HALF, "dk": _HALF}),
-    (100, 256): (_SPLIT, _SPLIT),
+    (100, 256): (_SPLIT, dict.fromkeys(KERNELS, _QUARTER)),
 }
 _FEW_TOKENS = 1 << 16  # B * H * T below which programs are too few for a device, so they share less
 
@@ -77,8 +77,7 @@ def superchunk(decay: int, tokens: int) -> int:
 def plan(arch: int, dtype: torch.dtype, key_dim: int, value_dim: int, decay: int, tokens: int) -> Plan:
     """The choices for compute capability ``arch`` (0: the interpreter)."""
     tiles = {kernel: tile(arch, dtype.itemsize, key_dim, value_dim, decay, tokens, kernel) for kernel in KERNELS}
-    wide = decay == 3 and max(key_dim, value_dim) > 128
-    return Plan(32 if wide or dtype.itemsize == 4 else 64, superchunk(decay, tokens), tiles)
+    return Plan(64 if dtype.itemsize < 4 else 32, superchunk(decay, tokens), tiles)
 
 
 def tile(arch: int, itemsize: int, key_dim: int, value_dim: int, decay: int, tokens: int, kernel: str) -> Tile:
