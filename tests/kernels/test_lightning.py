@@ -86,8 +86,8 @@ def test_strong_decay_costs_no_more_than_in_pytorch(interpreter, gate):
 
     cases = [make(gate, strength=strength) for strength in (10.0, 100.0, 3000.0)]
     for case, (ours, theirs) in zip(cases, interpreter.run(compare_with_torch, cases, size=1)[0]):
-        budget = 4 * max(theirs.values())
-        assert budget < 1e-5 and max(ours.values()) <= budget, f"{case}: {ours}, budget {budget:.1e}"
+        for name, error in ours.items():
+            assert error <= max(4 * theirs[name], 5e-6), f"{case} {name}: {error:.1e}, in PyTorch {theirs[name]:.1e}"
 
 
 @pytest.mark.parametrize("gate", ["token", "channel"])
