@@ -33,7 +33,7 @@ class Launch:
     """One kernel with everything that decides its code.
 
     Attributes:
-        name: of the kernel; for :func:`triton_output.mix` what it makes.
+        name: of the kernel; where roles are exchanged, what it makes.
         signature: type of each argument.
         constants: arguments known when compiled.
         aligned: arguments divisible by 16.
@@ -113,9 +113,9 @@ def describe(kernel, args: tuple, options: dict) -> Launch:
                 aligned.append(i)
     name = kernel.__name__
     if name == "mix":
-        name = {(False, False): "o", (True, False): "dq", (False, True): "dv", (True, True): "dk"}[
-            bound["SWAP"], bound["REV"]
-        ]
+        name = "dq" if bound["SWAP"] else "o"
+    if name == "mix_grads":
+        name = "dv, dk"
     parts = signature, constants, aligned, launch_options.items()
     return Launch(kernel, name, *map(tuple, parts))
 

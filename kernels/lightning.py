@@ -28,7 +28,7 @@ from lasp.kernels.segments import SegmentTable
 from lasp.kernels.state import StateMap
 from lasp.kernels.superchunks import superchunks
 from lasp.kernels.triton_gates import CHUNK_SAFE, channel_gates, sum_gates, token_gates
-from lasp.kernels.triton_output import gate_grads, mix
+from lasp.kernels.triton_output import gate_grads, mix, mix_grads
 from lasp.kernels.triton_states import local_states, scan_states
 from lasp.kernels.triton_tiles import Tile, power_of_two
 
@@ -46,9 +46,11 @@ class _Lightning:
         num_heads: H.
         saved: what the forward keeps for the backward: the state carried into each superchunk when every entry state is
             zero, fp32 [B * H, N, K, V]; nothing if not causal.
+        kept_gates: None: decays are made again, which costs less than to keep them.
     """
 
     saved: tuple[Tensor, ...]
+    kept_gates: None = None
 
     def __init__(
         self,
@@ -149,20 +151,18 @@ class _Lightning:
         return states, exits
 
     def _mix(self, name: str, x, y, z, states, entry, out, *, other=None, rows=None) -> None:
-        """One of o, dq, dv, dk: see :mod:`lasp.kernels.triton_output`."""
+        """o or dq: see :mod:`lasp.kernels.triton_output`."""
         tile: Tile = self.plan.tiles[name]
         dx, dz = x.shape[-1], z.shape[-1]
-        reverse = name in ("dv", "dk")
-        scale = self.scale if self.scale or not reverse else 1e-30  # divides gradients of states there
         for chunk, safe in self._variants():
             self._launch(
                 mix, self.pieces.count * self.rows * triton.cdiv(dz, tile.block),
                 x, y, z, out, states, entry, other, rows, self.g, self.coarse, self.fine, self.flags,
-                self.after if reverse else self.before, self.pieces.pieces, scale, self.length, self.pieces.count,
-                self.rows, H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2],
-                HO=1 if other is None else other.shape[2], HG=self.gate_heads, DX=dx, DZ=dz, BX=power_of_two(dx),
-                BZ=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe, CAUSAL=self.causal,
-                ENTERED=entry is not None, ROWS=rows is not None, SWAP=name in ("dq", "dk"), REV=reverse,
+                self.before, self.pieces.pieces, self.scale, self.length, self.pieces.count, self.rows,
+                H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2], HG=self.gate_heads,
+                DX=dx, DZ=dz, BX=power_of_two(dx), BZ=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact,
+                SAFE=safe, CAUSAL=self.causal, ENTERED=entry is not None, ROWS=rows is not None,
+                HO=1 if other is None else other.shape[2], SWAP=name == "dq",
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
 
@@ -210,7 +210,7 @@ class Forward(_Lightning):
 class Backward(_Lightning):
     """The backward in stages, with the arguments and results of :class:`lasp.kernels.chunked.Backward`."""
 
-    def __init__(self, q, k, v, g, table, causal, scale, *, saved, entry, exits, do, needs_dg):
+    def __init__(self, q, k, v, g, table, causal, scale, *, saved, entry, exits, do, needs_dg, kept_gates=None):
         super().__init__(q, k, v, g, table, causal, scale)
         self.saved, self.entry, self.exits = tuple(saved), _contiguous(entry), _contiguous(exits)
         self.do, self.needs_dg = do.contiguous(), needs_dg and g is not None
@@ -256,13 +256,29 @@ class Backward(_Lightning):
         d_exit = _contiguous(d_exit)
         grads = self.grads if self.causal else None
         dk, dv = self._grad_like(self.k), self._grad_like(self.v)
-        self._mix("dv", self.k, self.q, self.do, grads, d_exit, dv)
-        other = rows = None
+        rows = None
         if self.needs_dg:
-            other, rows = self.k, self.products if self.decay == CHANNEL else self.products[self._dq_slots :]
-        self._mix("dk", self.v, self.do, self.q, grads, d_exit, dk, other=other, rows=rows)
+            rows = self.products if self.decay == CHANNEL else self.products[self._dq_slots :]
+        self._mix_grads(grads, d_exit, dv, dk, rows)
         dg = self._gate_grad(d_exit) if self.needs_dg else None
         return _reduced(self.dq, self.q), _reduced(dk, self.k), _reduced(dv, self.v), dg
+
+    def _mix_grads(self, grads, d_exit, dv, dk, rows) -> None:
+        """dv and dk: see :mod:`lasp.kernels.triton_output`."""
+        tile_v, tile_k = self.plan.tiles["dv"], self.plan.tiles["dk"]
+        blocks = triton.cdiv(self.value_dim, tile_v.block) + triton.cdiv(self.key_dim, tile_k.block)
+        for chunk, safe in self._variants():
+            self._launch(
+                mix_grads, self.pieces.count * self.rows * blocks,
+                self.q, self.k, self.v, self.do, dv, dk, grads, d_exit, rows, self.g, self.coarse, self.fine,
+                self.flags, self.after, self.pieces.pieces, self.scale or 1e-30,  # divides gradients of states
+                self.length, self.pieces.count, self.rows, H=self.num_heads, HQ=self.q.shape[2], HK=self.k.shape[2],
+                HV=self.v.shape[2], HG=self.gate_heads, K=self.key_dim, V=self.value_dim,
+                PK=power_of_two(self.key_dim), PV=power_of_two(self.value_dim), BV=tile_v.block,
+                BK=tile_k.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe, CAUSAL=self.causal,
+                LEFT=d_exit is not None, ROWS=rows is not None,
+                num_warps=tile_v.warps, num_stages=tile_v.stages,
+            )  # fmt: skip
 
     def _gate_grad(self, d_exit: Tensor | None) -> Tensor:
         channels = self.key_dim if self.decay == CHANNEL else 1

@@ -28,27 +28,76 @@ from lasp.kernels.triton_gates import channel_decays, fixed_slope, row_decays, r
 def mix(
     p_x, p_y, p_z, p_out, p_states, p_entry, p_other, p_rows,
     p_g, p_coarse, p_fine, p_flags, p_entry_decay, p_pieces, scale, T, N, BH,
-    H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, HZ: tl.constexpr, HO: tl.constexpr, HG: tl.constexpr,
+    H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, HZ: tl.constexpr, HG: tl.constexpr,
     DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, EXACT: tl.constexpr, SAFE: tl.constexpr, CAUSAL: tl.constexpr, ENTERED: tl.constexpr,
-    ROWS: tl.constexpr, SWAP: tl.constexpr, REV: tl.constexpr,
+    ROWS: tl.constexpr, HO: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """out [B, T, H, DZ] from x [B, T, HX, DX], y [B, T, HY, DX], z [B, T, HZ, DZ]. Grid [N * B * H * cdiv(DZ, BZ)].
+    """o or (SWAP) dq. Grid [N * B * H * cdiv(DZ, BZ)]; see :func:`walk`."""
+    NZ: tl.constexpr = (DZ + BZ - 1) // BZ
+    i_z, i_bh, i_n = tl.program_id(0) % NZ, (tl.program_id(0) // NZ) % BH, tl.program_id(0) // (NZ * BH)
+    i_n = N - 1 - i_n  # the states read last by the pass before are the likeliest in the cache
+    if DECAY == 3:  # noqa: SIM102 (decided when compiled, then on the device)
+        if (tl.load(p_flags + (i_bh // H * HG + i_bh % H // (H // HG)) * N + i_n) != 0) != SAFE:
+            return
+    walk(
+        i_z, i_bh, i_n, p_x, p_y, p_z, p_out, p_states, p_entry, p_other, p_rows,
+        p_g, p_coarse, p_fine, p_entry_decay, p_pieces, scale, T, N, BH,
+        H, HX, HY, HZ, HG, DX, DZ, BX, BZ, C, DECAY, EXACT, SAFE, CAUSAL, ENTERED, ROWS, HO, SWAP, False,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "N", "BH"])
+def mix_grads(
+    p_q, p_k, p_v, p_do, p_dv, p_dk, p_grads, p_d_exit, p_rows,
+    p_g, p_coarse, p_fine, p_flags, p_exit_decay, p_pieces, scale, T, N, BH,
+    H: tl.constexpr, HQ: tl.constexpr, HK: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, PV: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr, SAFE: tl.constexpr, CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dv and dk. Grid [N * B * H * (cdiv(V, BV) + cdiv(K, BK))]: programs that read the same tokens run side by side.
+
+    PK, PV: powers of two that hold K and V. See :func:`walk`.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    NZ: tl.constexpr = NV + (K + BK - 1) // BK
+    i_z, i_bh, i_n = tl.program_id(0) % NZ, (tl.program_id(0) // NZ) % BH, tl.program_id(0) // (NZ * BH)
+    if DECAY == 3:  # noqa: SIM102 (decided when compiled, then on the device)
+        if (tl.load(p_flags + (i_bh // H * HG + i_bh % H // (H // HG)) * N + i_n) != 0) != SAFE:
+            return
+    if i_z < NV:
+        walk(
+            i_z, i_bh, i_n, p_k, p_q, p_do, p_dv, p_grads, p_d_exit, p_k, p_rows,
+            p_g, p_coarse, p_fine, p_exit_decay, p_pieces, scale, T, N, BH,
+            H, HK, HQ, H, HG, K, V, PK, BV, C, DECAY, EXACT, SAFE, CAUSAL, LEFT, False, HK, False, True,
+        )  # fmt: skip
+    if i_z >= NV:  # no else: the two then share their shared memory
+        walk(
+            i_z - NV, i_bh, i_n, p_v, p_do, p_q, p_dk, p_grads, p_d_exit, p_k, p_rows,
+            p_g, p_coarse, p_fine, p_exit_decay, p_pieces, scale, T, N, BH,
+            H, HV, H, HQ, HG, V, K, PV, BK, C, DECAY, EXACT, SAFE, CAUSAL, LEFT, ROWS, HK, True, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def walk(
+    i_z, i_bh, i_n, p_x, p_y, p_z, p_out, p_states, p_entry, p_other, p_rows,
+    p_g, p_coarse, p_fine, p_entry_decay, p_pieces, scale, T, N, BH,
+    H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, HZ: tl.constexpr, HG: tl.constexpr,
+    DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
+    DECAY: tl.constexpr, EXACT: tl.constexpr, SAFE: tl.constexpr, CAUSAL: tl.constexpr, ENTERED: tl.constexpr,
+    ROWS: tl.constexpr, HO: tl.constexpr, SWAP: tl.constexpr, REV: tl.constexpr,
+):  # fmt: skip
+    """Block i_z of out [B, T, H, DZ] in superchunk i_n, from x [B, T, HX, DX], y [B, T, HY, DX], z [B, T, HZ, DZ].
 
     states: carried into each superchunk, fp32 [B * H, N, K, V]; entry [S, B * H, K, V] if ENTERED, to be decayed by
     entry_decay [B, HG, N, a]. ROWS: also the gate's gradient needs out * other, other [B, T, HO, DZ], in fp32: the
     sum over channels in rows [slots, B * H, T], +1 (dq) or -1 (dk) times, in a slot for each block of DZ; for decays of
     channels, rows [B, T, H, K] is written by dq and then has dk's part subtracted.
     """
-    NZ: tl.constexpr = (DZ + BZ - 1) // BZ
-    i_z, i_bh, i_n = tl.program_id(0) % NZ, (tl.program_id(0) // NZ) % BH, tl.program_id(0) // (NZ * BH)
-    if not REV:
-        i_n = N - 1 - i_n  # the states read last by the pass before are the likeliest in the cache
     i_b, i_h = i_bh // H, i_bh % H
     i_hg = i_h // (H // HG)
-    if DECAY == 3:  # noqa: SIM102 (decided when compiled, then on the device)
-        if (tl.load(p_flags + (i_b * HG + i_hg) * N + i_n) != 0) != SAFE:
-            return
     start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
     token = (i_b * T + start).to(tl.int64)
     rows, cols_x, cols_z = tl.arange(0, C), tl.arange(0, BX), i_z * BZ + tl.arange(0, BZ)

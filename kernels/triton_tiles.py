@@ -28,7 +28,7 @@ class Plan:
     Attributes:
         chunk: tokens per chunk, C.
         superchunk: most tokens per superchunk, L.
-        tiles: of each of ``KERNELS``.
+        tiles: of each of ``KERNELS``; dv and dk share a launch, so their warps and stages are equal.
     """
 
     chunk: int
@@ -77,14 +77,14 @@ def superchunk(decay: int, tokens: int) -> int:
 def plan(arch: int, dtype: torch.dtype, key_dim: int, value_dim: int, decay: int, tokens: int) -> Plan:
     """The choices for compute capability ``arch`` (0: the interpreter)."""
     tiles = {kernel: tile(arch, dtype.itemsize, key_dim, value_dim, decay, tokens, kernel) for kernel in KERNELS}
-    return Plan(64 if dtype.itemsize < 4 else 32, superchunk(decay, tokens), tiles)
+    return Plan(64 if dtype.itemsize < 4 else 16, superchunk(decay, tokens), tiles)
 
 
 def tile(arch: int, itemsize: int, key_dim: int, value_dim: int, decay: int, tokens: int, kernel: str) -> Tile:
     """The tile of one kernel."""
     outer = power_of_two(value_dim if kernel in ("states", "o", "dv") else key_dim)
     if itemsize == 4:  # IEEE products on CUDA cores: small blocks
-        return Tile(min(outer, 32), 4, 1)
+        return Tile(min(outer, 32), 4, 1) if kernel == "states" else Tile(16, 8, 1)
     known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
     dim = next(d for d in DIMS if d >= max(key_dim, value_dim))
     chosen = _TABLE[known, dim][decay == 3][kernel]
