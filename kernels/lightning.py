@@ -62,7 +62,7 @@ class _Lightning:
         causal: bool,
         scale: float,
     ):
-        _check(q, k, v)
+        check(q, v)
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
         self.g, self.causal, self.scale, self.dtype = g, causal, scale, torch.float32
         self.batch, self.length, _, self.key_dim = q.shape
@@ -314,7 +314,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check(q: Tensor, v: Tensor) -> None:
+    """Raise a ValueError for dtypes and head dims that the kernels do not serve."""
     if q.dtype not in _CHUNK_DECAY:
         raise ValueError(
             f"impl='triton' takes q, k, v in bfloat16, float16 or float32, got {q.dtype}. Convert them, or use "

@@ -9,8 +9,10 @@ one exchange. The operator is :mod:`lasp.kernels.chunked`, the exchange :mod:`la
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -19,11 +21,12 @@ from torch.autograd.function import once_differentiable
 from lasp.chains import ChainPlan
 from lasp.context import CPContext
 from lasp.exchange import EXCHANGES
-from lasp.kernels.chunked import Backward, Forward, num_heads
+from lasp.kernels import chunked
+from lasp.kernels.chunked import num_heads
 from lasp.kernels.reference import recurrence
 from lasp.kernels.state import StateMap, in_ieee, state_dtype, transition
 
-IMPLS = ("auto", "torch", "reference")
+IMPLS = ("auto", "torch", "triton", "reference")
 
 
 def linear_attention(
@@ -55,7 +58,8 @@ def linear_attention(
             rank's share: the sum over the cp_group is the gradient.
         output_final_state: also return the state after each document, equal on all ranks. An upstream gradient on it
             is this rank's share likewise.
-        impl: ``torch`` (chunked), ``reference`` (token by token, one device), ``auto`` (logs once what it chose).
+        impl: ``torch`` (chunked), ``triton`` (GPU kernels; bf16, fp16, fp32, head dims up to 256), ``reference`` (token
+            by token, one device), ``auto`` (torch; logs once what it chose).
 
     Returns:
         ``o`` [B, T, H, V] in v's dtype, and the final states in fp32 (fp64 for fp64 inputs) or None.
@@ -74,7 +78,18 @@ def linear_attention(
         return o.to(v.dtype), final if output_final_state else None
     if impl == "auto":
         _announce("torch", q.device.type)
-    return _LinearAttention.apply(q, k, v, g, initial_state, cp, causal, scale, output_final_state)
+    operator = _triton_operator() if impl == "triton" else chunked
+    return _LinearAttention.apply(q, k, v, g, initial_state, cp, causal, scale, output_final_state, operator)
+
+
+@functools.cache
+def _triton_operator():
+    """The module of the Triton kernels; triton is imported where it is used."""
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("impl='triton' needs the package triton, which is not installed: pip install 'lasp[triton]'.")
+    from lasp.kernels import lightning
+
+    return lightning
 
 
 class _LinearAttention(torch.autograd.Function):
@@ -82,10 +97,10 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     @in_ieee
-    def forward(ctx, q, k, v, g, initial_state, cp, causal, scale, output_final_state):
+    def forward(ctx, q, k, v, g, initial_state, cp, causal, scale, output_final_state, operator):
         plan = cp.chain_plan(causal, output_final_state)
         exchange = EXCHANGES[cp.exchange](cp, plan)
-        op = Forward(q, k, v, g, cp.segment_table(q.device), causal, scale)
+        op = operator.Forward(q, k, v, g, cp.segment_table(q.device), causal, scale)
         initial = None if initial_state is None else _by_document(initial_state, cp, op.dtype)  # [N, B, H, K, V]
         fixed = None if g is None or g.dim() > 1 else g.repeat_interleave(op.num_heads // g.shape[0])
 
@@ -104,6 +119,7 @@ class _LinearAttention(torch.autograd.Function):
         o = op.finish(entry, _marked(plan.before, plan.begins if initial is not None else (), causal))
 
         ctx.exchange, ctx.options, ctx.kept_gates = exchange, (causal, scale), op.kept_gates
+        ctx.operator = operator
         ctx.save_for_backward(q, k, v, g, maps.state, maps.log_decay, entry, *op.saved)
         ctx.initial_dtype = None if initial is None else initial_state.dtype
         return o, None if finals is None else _public_state(finals, cp)
@@ -119,7 +135,7 @@ class _LinearAttention(torch.autograd.Function):
         d_final = None if d_final is None else _by_document(d_final, cp, state.dtype)
         known = {"saved": saved, "kept_gates": ctx.kept_gates, "entry": entry, "exits": exits, "do": do}
         table, needs_dg = cp.segment_table(q.device), ctx.needs_input_grad[3]
-        op = Backward(q, k, v, g, table, causal, scale, needs_dg=needs_dg, **known)
+        op = ctx.operator.Backward(q, k, v, g, table, causal, scale, needs_dg=needs_dg, **known)
 
         grads = op.state_maps(local=cp.cp_size == 1)
         exchange.start_backward(grads, d_final)
@@ -135,7 +151,7 @@ class _LinearAttention(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             d_entry = grads if d_exit is None else transition(maps.transpose(), d_exit) + grads
             d_initial = _initial_grad(d_entry, plan, cp, d_final).to(ctx.initial_dtype)
-        return dq, dk, dv, dg, d_initial, None, None, None, None
+        return dq, dk, dv, dg, d_initial, None, None, None, None, None
 
 
 def _marked(slots: tuple[tuple, ...], edges: tuple[bool, ...], causal: bool) -> list[bool] | None:
@@ -251,8 +267,16 @@ def _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_stat
                 f"initial_state must be {expected} on {q.device} ([B, H, K, V], or one row per packed document), got "
                 f"{tuple(initial_state.shape)} on {initial_state.device}."
             )
+    if impl == "triton":
+        _check_triton(q, v)
     if impl == "reference" and cp.cp_size > 1:
         raise ValueError(f"impl='reference' runs on one device, got cp_size = {cp.cp_size}; use impl='torch'.")
+
+
+def _check_triton(q: Tensor, v: Tensor) -> None:
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"impl='triton' needs tensors on a CUDA device, got q on {q.device}. Use impl='torch' there.")
+    _triton_operator().check(q, v)
 
 
 def _check_gate(g: Tensor, q: Tensor, causal: bool) -> None:

@@ -31,6 +31,7 @@ class Case:
     strength: float = 1.0
     dtype: torch.dtype = torch.float32
     fragments: tuple = ()
+    impl: str = "auto"
     seed: int = 0
 
     def make_layout(self, cp_size: int) -> SequenceLayout:
@@ -114,7 +115,7 @@ def errors(group, case: Case, device: str = "cpu") -> dict[str, float]:
     states = local.get("initial_state")
     o, final = linear_attention(
         local["q"], local["k"], local["v"], local.get("g"), cp=cp, causal=case.causal, initial_state=states,
-        output_final_state=case.causal,
+        output_final_state=case.causal, impl=case.impl,
     )  # fmt: skip
     assert o.dtype == case.dtype
     loss = (o * local["do"]).sum()

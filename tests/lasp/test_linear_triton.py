@@ -1,0 +1,41 @@
+"""linear_attention(impl="triton") over a cp_group, in Triton's interpreter, and its refusals."""
+
+import importlib.util
+import os
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+
+from lasp import linear_attention
+from tests.harness import RankPool
+from tests.lasp.linear_cases import GATES, PACKED, Case, worst
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+@pytest.fixture(scope="module")
+def interpreters():
+    """Ranks where Triton interprets: that is decided when it is imported, for the whole process."""
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("gate", GATES)
+def test_the_kernels_serve_a_cut_sequence(interpreters, gate, size):
+    base = Case(gate, "zigzag", borders=PACKED, impl="triton")
+    cases = [base, replace(base, layout="contiguous", borders=(0, 61), heads=(2, 1, 2, 1))]
+    if gate == "none":
+        cases.append(replace(base, causal=False))
+    for count, failures in interpreters.run(worst, cases, 1e-5, size=size):
+        assert count >= 14 and not failures, "\n".join(failures)
+
+
+def test_tensors_elsewhere_are_refused():
+    x = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ValueError, match="impl='triton' needs tensors on a CUDA device, got q on cpu"):
+        linear_attention(x, x, x, impl="triton")
