@@ -115,7 +115,7 @@ def describe(kernel, args: tuple, options: dict) -> Launch:
     if name == "mix":
         name = "dq" if bound["SWAP"] else "o"
     if name == "mix_grads":
-        name = "dv, dk"
+        name = "dkdv"
     parts = signature, constants, aligned, launch_options.items()
     return Launch(kernel, name, *map(tuple, parts))
 
@@ -167,15 +167,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--arch", default="80,90,100", help="comma-separated compute capabilities")
     parser.add_argument("--all", action="store_true", help="all head dims and decays")
-    parser.add_argument("--only", default="", help="comma-separated decays")
+    parser.add_argument("--decays", default=",".join(DECAYS), help="comma-separated, of those that would be compiled")
+    parser.add_argument("--kernels", default="", help="comma-separated; default all")
     options = parser.parse_args(argv)
     bad = 0
     print("arch    D decay    kernel         C warps stages  regs spill  shared  tensor cores")
     for arch, dim, decays in cases([int(x) for x in options.arch.split(",")], options.all):
         for decay in decays:
-            if options.only and decay not in options.only.split(","):
+            if decay not in options.decays.split(","):
                 continue
             for launch in launches(arch, dim, decay):
+                if options.kernels and launch.name not in options.kernels.split(","):
+                    continue
                 constants, chosen = dict(launch.constants), dict(launch.options)
                 name = launch.name + (" safe" if constants.get("SAFE") else "") + (
                     " rev" if constants.get("REV") and launch.name.endswith("states") else ""

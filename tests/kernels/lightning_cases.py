@@ -140,3 +140,18 @@ def refusal(_group, dtype: torch.dtype, dim: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def saved_shapes(_group, gate: str, superchunk: int) -> list[tuple[int, ...]]:
+    """Shapes that the forward keeps beside its inputs for 70 tokens, 2 heads, K = 16, V = 24."""
+    from lasp.kernels import lightning
+
+    x = Case(gate, borders=(0, 70)).inputs()
+    q, k, v, g = (None if x[n] is None else x[n].float() for n in "qkvg")
+    plan = Plan(16, superchunk, dict.fromkeys(KERNELS, Tile(16, 4, 2)))
+    with mock.patch.object(triton_tiles, "plan", lambda *_: plan):
+        forward = lightning.Forward(q, k, v, g, SegmentTable([(0, 70)], q.device), True, 1.0)
+        forward.state_maps()
+        forward.finish(None)
+    assert all(t.dtype == torch.float32 for t in forward.saved) and forward.kept_gates is None
+    return [tuple(t.shape) for t in forward.saved]

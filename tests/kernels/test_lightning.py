@@ -2,12 +2,15 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 
+from lasp.kernels import triton_tiles
 from tests.harness import RankPool
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -109,3 +112,22 @@ def test_what_the_kernels_cannot_serve_is_refused(interpreter, dtype, dim, messa
     from tests.kernels.lightning_cases import refusal
 
     assert interpreter.run(refusal, dtype, dim, size=1)[0].startswith(message)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_backward_keeps_a_sliver_of_one_input(interpreter, gate):
+    from tests.kernels.lightning_cases import saved_shapes
+
+    assert interpreter.run(saved_shapes, gate, 32, size=1)[0] == [(2, 3, 16, 24)]  # a state for each superchunk
+    heads, dim = 16, 128
+    for length in (1 << 16, 1 << 18, 1 << 20):
+        superchunk = triton_tiles.superchunk(GATES.index(gate), heads * length)
+        saved = length // superchunk * heads * dim * dim * 4
+        assert saved <= 0.3 * length * heads * dim * 2  # of one bf16 input
+
+
+@pytest.mark.parametrize("gate", ["fixed", "token"])
+def test_shipped_tiles_compile_without_a_gpu(gate):
+    command = [sys.executable, "-m", "lasp.kernels.aot", "--arch", "90", "--decays", gate, "--kernels", "o,dkdv"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert "all within budget" in run.stdout and run.stdout.count("wgmma") == 2, run.stdout + run.stderr
