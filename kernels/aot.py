@@ -25,7 +25,7 @@ SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}
 SPILL_BYTES = {"local_states": 0, "o": 0, "dq": 0}  # on sm_90; elsewhere:
 SPILL_BYTES_OTHERWISE = 64
 DECAYS = ("none", "fixed", "token", "channel")
-LENGTH, HEADS = 1 << 16, 16
+LENGTHS, HEADS = (1 << 16, 1 << 11), 16  # of both buckets of B * H * T
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,20 @@ def launches(arch: int, dim: int, decay: str, dtype: torch.dtype = torch.bfloat1
     class Backward(Recorder, lightning.Backward):
         pass
 
-    with torch.device("meta"):
-        q, k, v, do = (torch.empty(1, LENGTH, HEADS, dim, dtype=dtype) for _ in range(4))
-        shapes = {"fixed": (HEADS,), "token": (1, LENGTH, HEADS), "channel": (1, LENGTH, HEADS, dim)}
-        g = None if decay == "none" else torch.empty(shapes[decay], dtype=dtype if decay == "channel" else torch.float)
-        state = torch.empty(1, 1, HEADS, dim, dim)
-    inputs = q, k, v, g, SegmentTable([(0, LENGTH)], torch.device("meta")), True, 0.125
-    forward = Forward(*inputs)
-    forward.state_maps()
-    forward.finish(state)
-    needs_dg = decay in ("token", "channel")
-    backward = Backward(*inputs, saved=forward.saved, entry=state, exits=state, do=do, needs_dg=needs_dg)
-    backward.state_maps(local=True)
-    backward.finish(state)
+    for length in LENGTHS:
+        with torch.device("meta"):
+            q, k, v, do = (torch.empty(1, length, HEADS, dim, dtype=dtype) for _ in range(4))
+            shapes = {"fixed": (HEADS,), "token": (1, length, HEADS), "channel": (1, length, HEADS, dim)}
+            g = None if decay == "none" else torch.empty(shapes[decay])
+            state = torch.empty(1, 1, HEADS, dim, dim)
+        inputs = q, k, v, g, SegmentTable([(0, length)], torch.device("meta")), True, 0.125
+        forward = Forward(*inputs)
+        forward.state_maps()
+        forward.finish(state)
+        needs_dg = decay in ("token", "channel")
+        backward = Backward(*inputs, saved=forward.saved, entry=state, exits=state, do=do, needs_dg=needs_dg)
+        backward.state_maps(local=True)
+        backward.finish(state)
     return list(found)
 
 
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernels", default="", help="comma-separated; default all")
     options = parser.parse_args(argv)
     bad = 0
-    print("arch    D decay    kernel         C warps stages  regs spill  shared  tensor cores")
+    print("arch    D decay    kernel         C block warps stages  regs spill  shared  tensor cores")
     for arch, dim, decays in cases([int(x) for x in options.arch.split(",")], options.all):
         for decay in decays:
             if decay not in options.decays.split(","):
@@ -183,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
                 name = launch.name + (" safe" if constants.get("SAFE") else "") + (
                     " rev" if constants.get("REV") and launch.name.endswith("states") else ""
                 )  # fmt: skip
-                line = f"sm_{arch:<4} {dim:>3} {decay:8} {name:15} {constants.get('C', '-'):>2} "
+                line = f"sm_{arch:<4} {dim:>3} {decay:8} {name:15} {constants.get('C', '-'):>2} {constants.get('BZ', constants.get('BV', '-')):>5} "
                 line += f"{chosen.get('num_warps', 4):>4} {chosen.get('num_stages', 3):>5}  "
                 usage = compile_launch(launch, arch)
                 wrong = faults(launch, usage, arch)

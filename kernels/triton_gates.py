@@ -85,7 +85,7 @@ def channel_gates(
         tl.store(p_fine + base + i * (C * HG * K) + at_chunk, b_g, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+@triton.jit(do_not_specialize=["N", "S", "BHG"])
 def sum_gates(
     p_total, p_before, p_after, p_whole, p_segments, N, S, BHG,
     A: tl.constexpr, BA: tl.constexpr, R: tl.constexpr,

@@ -78,16 +78,23 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
     return out
 
 
-def actual(case: Case, operator=None, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """The same by the stages of ``operator``: a module with Forward and Backward."""
+def actual(
+    case: Case, operator=None, dtype: torch.dtype = torch.float32, device: str = "cpu", shipped: bool = False
+) -> dict[str, torch.Tensor]:
+    """The same by the stages of ``operator``: a module with Forward and Backward; ``shipped``: with its own tiles."""
     from lasp.kernels import lightning
 
     operator = lightning if operator is None else operator
-    x = {n: None if t is None else t.to(dtype) for n, t in case.inputs().items()}
-    table = SegmentTable(list(zip(case.borders, case.borders[1:])), torch.device("cpu"))
+    states = dtype if dtype == torch.float64 else torch.float32
+    x = {
+        n: None if t is None else t.to(device, states if n in ("entry", "d_exit", "g") else dtype)
+        for n, t in case.inputs().items()
+    }
+    table = SegmentTable(list(zip(case.borders, case.borders[1:])), torch.device(device))
     arguments = *(x[n] for n in "qkvg"), table, case.causal, case.key_dim**-0.5
     tiles = {kernel: Tile(case.block, 4, 2) for kernel in KERNELS}
-    with mock.patch.object(triton_tiles, "plan", lambda *_: Plan(case.chunk, case.superchunk, tiles)):
+    plan = triton_tiles.plan if shipped else lambda *_: Plan(case.chunk, case.superchunk, tiles)
+    with mock.patch.object(triton_tiles, "plan", plan):
         forward = operator.Forward(*arguments)
         maps = forward.state_maps()
         forward.local()

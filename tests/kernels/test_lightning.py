@@ -131,3 +131,53 @@ def test_shipped_tiles_compile_without_a_gpu(gate):
     command = [sys.executable, "-m", "lasp.kernels.aot", "--arch", "90", "--decays", gate, "--kernels", "o,dkdv"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert "all within budget" in run.stdout and run.stdout.count("wgmma") == 2, run.stdout + run.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnGPU:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    @pytest.mark.parametrize("dim", [64, 128, 256])
+    @pytest.mark.parametrize("gate", GATES)
+    def test_the_shipped_tiles_round_like_their_inputs(self, gate, dim, dtype):
+        from lasp.kernels import chunked
+        from tests.kernels.lightning_cases import actual
+
+        eps = torch.finfo(dtype).eps
+        for strength in (0.1, 2.0):  # the second needs the slow path for channels
+            sizes = {"key_dim": dim, "value_dim": dim, "heads": (4, 2, 2, 4), "strength": strength}
+            case = make(gate, borders=(0, 700, 701, 3000), **sizes)
+            found = actual(case, None, dtype, "cuda", shipped=True)
+            rounded = {n: t.to(dtype).double() if n in ("q", "k", "v", "do") else t for n, t in case.inputs().items()}
+            with mock.patch.object(type(case), "inputs", lambda _, x=rounded: dict(x)):
+                exact = actual(case, chunked, torch.float64, "cuda")
+            for name, want in exact.items():
+                if want is not None:
+                    error = (found[name].double() - want).norm() / want.norm()
+                    assert error <= (eps if name != "dg" else 4 * eps) + 1e-5, f"{case} {name}: {error:.1e}"
+
+    def test_a_layer_is_captured_and_replayed(self):
+        from lasp import linear_attention
+
+        q, k, v = (torch.randn(1, 1000, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        g = torch.nn.functional.logsigmoid(torch.randn(1, 1000, 4, device="cuda"))
+        leaves = [x.requires_grad_() for x in (q, k, v, g)]
+
+        def step():
+            o, _ = linear_attention(*leaves, impl="triton")
+            return o, *torch.autograd.grad(o.square().sum(), leaves)
+
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for _ in range(2):
+            with torch.no_grad():
+                q.copy_(torch.randn_like(q))
+            graph.replay()
+            torch.cuda.synchronize()
+            for x, y in zip(captured, step(), strict=True):
+                torch.testing.assert_close(x, y)
