@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
                 name = launch.name + (" safe" if constants.get("SAFE") else "") + (
                     " rev" if constants.get("REV") and launch.name.endswith("states") else ""
                 )  # fmt: skip
-                line = f"sm_{arch:<4} {dim:>3} {decay:8} {name:15} {constants.get('C', '-'):>2} {constants.get('BZ', constants.get('BV', '-')):>5} "
+                block = constants.get("BZ", constants.get("BV", "-"))
+                line = f"sm_{arch:<4} {dim:>3} {decay:8} {name:15} {constants.get('C', '-'):>2} {block:>5} "
                 line += f"{chosen.get('num_warps', 4):>4} {chosen.get('num_stages', 3):>5}  "
                 usage = compile_launch(launch, arch)
                 wrong = faults(launch, usage, arch)

@@ -130,7 +130,7 @@ def test_the_backward_keeps_a_sliver_of_one_input(interpreter, gate):
 def test_shipped_tiles_compile_without_a_gpu(gate):
     command = [sys.executable, "-m", "lasp.kernels.aot", "--arch", "90", "--decays", gate, "--kernels", "o,dkdv"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert "all within budget" in run.stdout and run.stdout.count("wgmma") == 2, run.stdout + run.stderr
+    assert "all within budget" in run.stdout and run.stdout.count("wgmma") >= 2, run.stdout + run.stderr
 
 
 @pytest.mark.gpu
