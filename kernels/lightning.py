@@ -110,7 +110,7 @@ class _Lightning:
             self._launch(
                 channel_gates, programs,
                 g, self.fine, self.total, self.flags, *tables, _CHUNK_DECAY[self.q.dtype],
-                HG=heads, K=channels, BK=block, C=chunk, num_warps=8 if block > 64 else 4,
+                HG=heads, K=channels, BK=block, C=chunk, num_warps=max(4, block // 16),
             )  # fmt: skip
         segments = self.pieces.num_segments
         self.before, self.after = make(*self.total.shape), make(*self.total.shape)
