@@ -75,7 +75,7 @@ class Gates:
     def _between(self) -> Tensor:
         """exp(G_i - G_j) for j <= i, else 0: [n', b, H, C, C].
 
-        An exponential costs ten products: with r the first token of i's block and j before it, the factor is
+        Products cost less than exponentials: with r the first token of i's block and j before it, the factor is
         exp(G_i - G_r) exp(G_r - G_j), both exponents <= 0; only within a block each pair has an exponential.
         """
         size = min(_BLOCK, self.log_decay.shape[-2])
@@ -137,10 +137,11 @@ class Gates:
 def decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     """exp of float64 ``log_decay`` in the dtype of the states; of a positive one, which nothing uses, 1.
 
-    Below the smallest normal number it is that number: processors take ten times as long for smaller ones.
+    Results that are no normal number are 0, and never computed: they take processors ten times as long.
     """
-    lowest = math.log(torch.finfo(dtype).tiny) + 0.5
-    return log_decay.to(dtype, copy=True).clamp_(lowest, 0.0).exp_()
+    tiny = torch.finfo(dtype).tiny
+    exp = log_decay.to(dtype, copy=True).clamp_(math.log(2 * tiny), 0.0).exp_()
+    return torch.nn.functional.threshold_(exp, 3 * tiny, 0.0)
 
 
 def add_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

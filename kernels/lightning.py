@@ -286,7 +286,7 @@ class Backward(_Lightning):
         block = min(32, power_of_two(self.key_dim))
         blocks = triton.cdiv(self.key_dim, block) if self.decay == CHANNEL else 1
         self._launch(
-                gate_grads, self.pieces.count * self.rows * blocks,
+            gate_grads, self.pieces.count * self.rows * blocks,
             self.products, dg, self.saved[0], self.grads, self.entry, self.exits, d_exit, self.g, self.before,
             self.after, self.pieces.pieces, self.length, self.pieces.count, self.rows, self.products.shape[0],
             H=self.num_heads, HG=self.gate_heads, K=self.key_dim, V=self.value_dim, BK=block,

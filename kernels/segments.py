@@ -9,7 +9,7 @@ Inside a tile with n chunks, *position* p in 0..n names the state between chunk 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,7 @@ class SegmentTable:
         num_chunks: N. Border b in 0..N lies between chunk b - 1 and chunk b.
         begins, ends: border where each segment begins and ends, int64 [segments].
         chunk_begins, chunk_ends: the same of each chunk's segment, int64 [N].
+        kept: tables that operators derive from this one, made once.
     """
 
     def __init__(self, bounds: Sequence[tuple[int, int]], device: torch.device, chunk_size: int | None = None):
@@ -125,6 +126,7 @@ class SegmentTable:
         self.begins, self.ends = (torch.tensor(x, device=device) for x in (begins, [*begins[1:], self.num_chunks]))
         segments = torch.tensor([s for s, _, _ in self._chunks], device=device)
         self.chunk_begins, self.chunk_ends = self.begins[segments], self.ends[segments]
+        self.kept: dict[Hashable, object] = {}
         self._tiles: dict[int, tuple[Tile, ...]] = {}
         self._shapes: dict[tuple, TileShape] = {}
 

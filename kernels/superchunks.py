@@ -35,10 +35,10 @@ class Superchunks:
 
 def superchunks(table: SegmentTable, length: int) -> Superchunks:
     """The superchunks of ``table``, kept with it."""
-    kept = table.__dict__.setdefault("_superchunks", {})
-    if length not in kept:
-        kept[length] = _make(table.bounds, length, table.device)
-    return kept[length]
+    key = ("superchunks", length)
+    if key not in table.kept:
+        table.kept[key] = _make(table.bounds, length, table.device)
+    return table.kept[key]
 
 
 def _make(bounds: tuple[tuple[int, int], ...], length: int, device: torch.device) -> Superchunks:

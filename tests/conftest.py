@@ -1,3 +1,6 @@
+import os
+from unittest import mock
+
 import pytest
 import torch
 
@@ -8,6 +11,15 @@ from tests.harness import RankPool, poisoned_memory
 def ranks():
     """Four gloo ranks that serve every distributed test."""
     pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def interpreters():
+    """Four ranks where Triton interprets: that is decided when it is imported, for the whole process."""
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        pool = RankPool(4)
     yield pool
     pool.close()
 

@@ -1,7 +1,6 @@
 """The Triton kernels in Triton's interpreter, in fp32 (its 16-bit products are wrong), against the reference."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from lasp.kernels import triton_tiles
-from tests.harness import RankPool
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -20,19 +18,10 @@ PACKED = (0, 13, 14, 40, 75)  # a segment of one token, cuts that no chunk respe
 TOLERANCE = {"dg": 2e-5}  # the rest: 5e-6
 
 
-@pytest.fixture(scope="module")
-def interpreter():
-    """A process where Triton interprets: that is decided when it is imported, for the whole process."""
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        pool = RankPool(1)
-    yield pool
-    pool.close()
-
-
-def check(interpreter, *cases):
+def check(interpreters, *cases):
     from tests.kernels.lightning_cases import compare
 
-    for case, errors in interpreter.run(compare, list(cases), size=1)[0]:
+    for case, errors in interpreters.run(compare, list(cases), size=1)[0]:
         for name, error in errors.items():
             assert error <= TOLERANCE.get(name, 5e-6), f"{case} {name}: {error:.2e}"
 
@@ -46,21 +35,21 @@ def make(gate, **options):
 @pytest.mark.parametrize("states", [False, True], ids=["no states", "states"])
 @pytest.mark.parametrize("borders", [(0, 75), PACKED], ids=["dense", "packed"])
 @pytest.mark.parametrize("gate", GATES)
-def test_outputs_states_and_gradients_equal_the_reference(interpreter, gate, borders, states):
-    check(interpreter, make(gate, borders=borders, states=states))
+def test_outputs_states_and_gradients_equal_the_reference(interpreters, gate, borders, states):
+    check(interpreters, make(gate, borders=borders, states=states))
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_heads_share_and_rows_are_documents(interpreter, gate):
+def test_heads_share_and_rows_are_documents(interpreters, gate):
     base = make(gate, borders=(0, 37), batch=2)
-    check(interpreter, replace(base, heads=(4, 2, 1, 4)), replace(base, heads=(1, 2, 2, 1)))
+    check(interpreters, replace(base, heads=(4, 2, 1, 4)), replace(base, heads=(1, 2, 2, 1)))
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_short_sequences_and_widths_that_are_no_power_of_two(interpreter, gate):
+def test_short_sequences_and_widths_that_are_no_power_of_two(interpreters, gate):
     base = make(gate, heads=(1, 1, 1, 1))
     check(
-        interpreter,
+        interpreters,
         replace(base, borders=(0, 1)),
         replace(base, borders=(0, 1, 2, 3), key_dim=5, value_dim=7),
         replace(base, borders=(0, 20), key_dim=40, value_dim=16, block=32),
@@ -68,36 +57,36 @@ def test_short_sequences_and_widths_that_are_no_power_of_two(interpreter, gate):
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_the_shipped_chunk(interpreter, gate):
+def test_the_shipped_chunk(interpreters, gate):
     sizes = {"key_dim": 64, "value_dim": 32, "block": 32, "chunk": 64, "superchunk": 128}
-    check(interpreter, make(gate, borders=(0, 150), heads=(1, 1, 1, 1), strength=0.2, **sizes))
+    check(interpreters, make(gate, borders=(0, 150), heads=(1, 1, 1, 1), strength=0.2, **sizes))
 
 
-def test_channels_that_decay_little_and_much_side_by_side(interpreter):
+def test_channels_that_decay_little_and_much_side_by_side(interpreters):
     for strength in (0.05, 0.5):  # one reference per chunk serves: all; some superchunks
-        check(interpreter, make("channel", borders=PACKED, strength=strength))
+        check(interpreters, make("channel", borders=PACKED, strength=strength))
 
 
-def test_every_token_reads_its_whole_document_without_an_order(interpreter):
+def test_every_token_reads_its_whole_document_without_an_order(interpreters):
     base = make("none", causal=False, states=False, borders=PACKED)
-    check(interpreter, base, replace(base, borders=(0, 37), batch=2, heads=(1, 2, 1, 2)))
+    check(interpreters, base, replace(base, borders=(0, 37), batch=2, heads=(1, 2, 1, 2)))
 
 
 @pytest.mark.parametrize("gate", ["fixed", "token", "channel"])
-def test_strong_decay_costs_no_more_than_in_pytorch(interpreter, gate):
+def test_strong_decay_costs_no_more_than_in_pytorch(interpreters, gate):
     from tests.kernels.lightning_cases import compare_with_torch
 
     cases = [make(gate, strength=strength) for strength in (10.0, 100.0, 3000.0)]
-    for case, (ours, theirs) in zip(cases, interpreter.run(compare_with_torch, cases, size=1)[0]):
+    for case, (ours, theirs) in zip(cases, interpreters.run(compare_with_torch, cases, size=1)[0]):
         for name, error in ours.items():
             assert error <= max(4 * theirs[name], 5e-6), f"{case} {name}: {error:.1e}, in PyTorch {theirs[name]:.1e}"
 
 
 @pytest.mark.parametrize("gate", ["token", "channel"])
-def test_a_decay_of_minus_infinity_starts_afresh(interpreter, gate):
+def test_a_decay_of_minus_infinity_starts_afresh(interpreters, gate):
     from tests.kernels.lightning_cases import compare
 
-    (_, errors) = interpreter.run(compare, [make(gate, reset=40, states=False)], size=1)[0][0]
+    (_, errors) = interpreters.run(compare, [make(gate, reset=40, states=False)], size=1)[0][0]
     assert max(e for n, e in errors.items() if n != "dg") <= 5e-6, errors
 
 
@@ -108,17 +97,17 @@ def test_a_decay_of_minus_infinity_starts_afresh(interpreter, gate):
         (torch.float32, 257, "impl='triton' takes head dims up to 256, got K = 257"),
     ],
 )
-def test_what_the_kernels_cannot_serve_is_refused(interpreter, dtype, dim, message):
+def test_what_the_kernels_cannot_serve_is_refused(interpreters, dtype, dim, message):
     from tests.kernels.lightning_cases import refusal
 
-    assert interpreter.run(refusal, dtype, dim, size=1)[0].startswith(message)
+    assert interpreters.run(refusal, dtype, dim, size=1)[0].startswith(message)
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_the_backward_keeps_a_sliver_of_one_input(interpreter, gate):
+def test_the_backward_keeps_a_sliver_of_one_input(interpreters, gate):
     from tests.kernels.lightning_cases import saved_shapes
 
-    assert interpreter.run(saved_shapes, gate, 32, size=1)[0] == [(2, 3, 16, 24)]  # a state for each superchunk
+    assert interpreters.run(saved_shapes, gate, 32, size=1)[0] == [(2, 3, 16, 24)]  # a state for each superchunk
     heads, dim = 16, 128
     for length in (1 << 16, 1 << 18, 1 << 20):
         superchunk = triton_tiles.superchunk(GATES.index(gate), heads * length)

@@ -27,6 +27,19 @@ def test_states_travel_through_many_tiles(chunks):
 
 
 @pytest.mark.parametrize("gate", ["fixed", "token", "channel"])
+def test_nothing_is_left_of_what_came_before_a_full_reset(gate):
+    q, k, v = (torch.randn(1, 200, 2, 16) for _ in range(3))
+    shape = {"fixed": (2,), "token": (1, 200, 2), "channel": (1, 200, 2, 16)}[gate]
+    g = torch.full(shape, -torch.inf if gate == "fixed" else -0.01)
+    if gate != "fixed":
+        g[:, 70] = -torch.inf
+    o, final = linear_attention(q, k, v, g, output_final_state=True)
+    v[:, :70] = 1e30
+    again, final_again = linear_attention(q, k, v, g, output_final_state=True)
+    assert torch.equal(o[:, 70:], again[:, 70:]) and torch.equal(final, final_again)
+
+
+@pytest.mark.parametrize("gate", ["fixed", "token", "channel"])
 def test_strong_decay_keeps_the_accuracy_of_weak_decay(gate):
     # chunks differ, so the budget is the error of the same op at weak decay, times a small factor
     case = Case(gate, borders=(0, 130, 300), key_dim=16, value_dim=16)

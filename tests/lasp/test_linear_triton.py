@@ -1,27 +1,15 @@
 """linear_attention(impl="triton") over a cp_group, in Triton's interpreter, and its refusals."""
 
 import importlib.util
-import os
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
 
 from lasp import linear_attention
-from tests.harness import RankPool
 from tests.lasp.linear_cases import GATES, PACKED, Case, worst
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-
-
-@pytest.fixture(scope="module")
-def interpreters():
-    """Ranks where Triton interprets: that is decided when it is imported, for the whole process."""
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
