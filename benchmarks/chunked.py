@@ -2,8 +2,8 @@
 
 Forward + backward of lasp.linear_attention on one process, beside a straightforward chunked implementation that leaves
 the backward to autograd: same algebra, all chunks at once, states by a loop over chunks (unbind and stack: no slicing
-whose gradient would be quadratic). Times are medians over --seconds per cell, the two taking turns in one process;
-memory is the resident peak above the inputs, each in a process of its own whose allocator gives freed memory back at
+whose gradient would be quadratic). Times are medians over --seconds per cell, the two taking turns in one process, and
+of --processes such medians, since where memory lies differs from process to process; memory is the resident peak above the inputs, each in a process of its own whose allocator gives freed memory back at
 once, so that it is the peak of what is alive. These machines are noisy: read the ratios.
 """
 
@@ -152,9 +152,18 @@ def main() -> None:
     parser.add_argument("--gates", default="none,token")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    report = {**machine(), "threads": args.threads, "heads": HEADS, "dim": DIM, "rows": [], "slopes": {}}
+    report = {
+        **machine(),
+        "threads": args.threads,
+        "processes": args.processes,
+        "heads": HEADS,
+        "dim": DIM,
+        "rows": [],
+        "slopes": {},
+    }
     print({key: value for key, value in report.items() if key not in ("rows", "slopes")})
     print(
         f"{'gate':6} {'T':>6} {'ours ms':>9} {'autograd ms':>12} {'speed':>6} "
@@ -164,7 +173,8 @@ def main() -> None:
         points = {}
         for length in LENGTHS:
             row = {"gate": gate, "length": length}
-            row |= {f"{name}_s": x for name, x in apart(times, gate, length, args.threads, args.seconds).items()}
+            runs = [apart(times, gate, length, args.threads, args.seconds) for _ in range(args.processes)]
+            row |= {f"{name}_s": statistics.median(run[name] for run in runs) for name in IMPLEMENTATIONS}
             for name in IMPLEMENTATIONS:
                 row[f"{name}_peak_bytes"] = apart(peak, name, gate, length, args.threads, **FREED_AT_ONCE)
             points[length] = row["ours_s"]
