@@ -3,8 +3,9 @@
 Forward + backward of lasp.linear_attention on one process, beside a straightforward chunked implementation that leaves
 the backward to autograd: same algebra, all chunks at once, states by a loop over chunks (unbind and stack: no slicing
 whose gradient would be quadratic). Times are medians over --seconds per cell, the two taking turns in one process, and
-of --processes such medians, since where memory lies differs from process to process; memory is the resident peak above the inputs, each in a process of its own whose allocator gives freed memory back at
-once, so that it is the peak of what is alive. These machines are noisy: read the ratios.
+of --processes such medians, since where memory lies differs between processes. Memory is the resident peak above the
+inputs, each in a process of its own whose allocator gives freed memory back at once, so that it is the peak of what is
+alive. These machines are noisy: read the ratios.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--gates", default="none,token")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     report = {
