@@ -71,8 +71,7 @@ class _Lightning:
         self.gate_heads = 1 if g is None else num_heads(g)
         self.exact = q.dtype == torch.float32
         self.rows = self.batch * self.num_heads
-        sizes = self.key_dim, self.value_dim, self.decay, self.rows * self.length
-        self.plan = triton_tiles.plan(self._arch(), q.dtype, *sizes)
+        self.plan = self._plan()
         self.pieces = superchunks(table, self.plan.superchunk)
         self.coarse = self.fine = self.flags = self.before = self.after = self.total = None
         if self.decay > FIXED:
@@ -86,6 +85,14 @@ class _Lightning:
             return 0
         major, minor = torch.cuda.get_device_capability(self.q.device)
         return 10 * major + minor
+
+    def _plan(self) -> triton_tiles.Plan:
+        call = self._arch(), self.q.dtype, self.key_dim, self.value_dim, self.decay, self.rows * self.length
+        if self.q.is_cuda and triton_tiles.autotuned():
+            from lasp.kernels.autotune import tune_once  # which runs these stages itself
+
+            tune_once(triton_tiles.entry(*call), self.q.device)
+        return triton_tiles.plan(*call)
 
     def _launch(self, kernel, programs: int, *args, **options) -> None:
         with torch.cuda.device_of(self.q):

@@ -1,8 +1,17 @@
-"""Tile choices of the Triton kernels: a shipped table, so that a new packed length never re-tunes."""
+"""Tile choices of the Triton kernels: a shipped table, so that a new packed length never re-tunes.
+
+The table is ``tiles.json`` beside this file: one entry per architecture, head dim, decay and bucket of B * H * T.
+``LASP_TILES=FILE`` names a table whose entries come before the shipped ones. On a GPU, ``LASP_AUTOTUNE=1`` measures an
+entry when it is first needed and writes it into the table in use: see :mod:`lasp.kernels.autotune`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+import os
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,7 +21,7 @@ class Tile:
     """How one kernel is cut and launched.
 
     Attributes:
-        block: channels of the result that one program owns.
+        block: channels of the result that one program owns, a power of two.
         warps, stages: launch options.
     """
 
@@ -37,27 +46,100 @@ class Plan:
 
 
 KERNELS = ("states", "o", "dq", "dv", "dk")
+DECAYS = ("none", "fixed", "token", "channel")
 ARCHITECTURES = (80, 90, 100)  # smallest compute capability that each part of the table is for
 DIMS = (64, 128, 256)  # largest of K and V that each part of the table is for
+SHIPPED = Path(__file__).with_name("tiles.json")
+_MANY_TOKENS = 1 << 16  # B * H * T below which programs are too few for a device, so they share less
 
-_QUARTER, _HALF, _FULL = Tile(32, 8, 2), Tile(64, 8, 2), Tile(128, 8, 2)
-_SMALL, _STATES = Tile(64, 4, 2), Tile(128, 8, 3)
-_SHARED = dict.fromkeys(KERNELS, _FULL) | {"states": _STATES}
-_SPLIT = dict.fromkeys(KERNELS, _HALF)
-_ALL_SMALL = dict.fromkeys(KERNELS, _SMALL)
-# (architecture, dim): tiles for decays that all channels share, tiles for decays of channels
-_TABLE = {
-    (80, 64): (_ALL_SMALL, _SPLIT | {"dq": _QUARTER, "dk": _QUARTER}),
-    (80, 128): (_SPLIT, _SPLIT | {"dq": _QUARTER, "dv": _QUARTER, "dk": _QUARTER}),
-    (80, 256): (dict.fromkeys(KERNELS, _QUARTER), dict.fromkeys(KERNELS, _QUARTER)),
-    (90, 64): (_ALL_SMALL, _ALL_SMALL),
-    (90, 128): (_SHARED, _SHARED | {"dq": _HALF, "dk": _HALF}),
-    (90, 256): (_SPLIT, _SPLIT | {"o": _QUARTER, "dv": _QUARTER}),
-    (100, 64): (_ALL_SMALL, _ALL_SMALL),
-    (100, 128): (_SHARED, _SHARED | {"dq": _HALF, "dk": _HALF}),
-    (100, 256): (_SPLIT, dict.fromkeys(KERNELS, _QUARTER)),
-}
-_FEW_TOKENS = 1 << 16  # B * H * T below which programs are too few for a device, so they share less
+
+@dataclass(frozen=True)
+class Entry:
+    """What one entry of the table is for; ``str`` of it is the entry's name.
+
+    Attributes:
+        arch: one of ``ARCHITECTURES``.
+        dim: one of ``DIMS``.
+        decay: one of ``DECAYS``.
+        many: whether B * H * T fills a device.
+        wide: fp32 inputs: IEEE products on CUDA cores.
+    """
+
+    arch: int
+    dim: int
+    decay: str
+    many: bool
+    wide: bool
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch} D={self.dim} {self.decay} {'many' if self.many else 'few'}{' fp32' * self.wide}"
+
+
+class TileTable:
+    """Entries of the shipped table and of the one that ``LASP_TILES`` names.
+
+    Attributes:
+        path: the table in use, into which measured entries go.
+        measured: names of the entries that this process has measured.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.measured: set[str] = set()
+        self._entries = _read(SHIPPED) | (_read(path) if path.exists() else {})
+
+    def tiles(self, entry: Entry) -> dict[str, Tile]:
+        """The tile of each of ``KERNELS``; fp32 has one shipped entry for all."""
+        return self._entries["fp32" if entry.wide and str(entry) not in self._entries else str(entry)]
+
+    def store(self, entry: Entry, tiles: dict[str, Tile]) -> None:
+        """Take a measured entry and write it into the file, in one piece, beside what others wrote meanwhile."""
+        self._entries[str(entry)] = tiles
+        self.measured.add(str(entry))
+        entries = (_read(self.path) if self.path.exists() else {}) | {str(entry): tiles}
+        lines = [f" {json.dumps(n)}: {json.dumps({k: astuple(t) for k, t in e.items()})}" for n, e in entries.items()]
+        scratch = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        scratch.replace(self.path)
+
+
+def _fits(tiles: dict[str, Tile]) -> bool:
+    together = tiles["dv"], tiles["dk"]
+    alike = len({(t.warps, t.stages) for t in together}) == 1
+    return alike and all(min(astuple(t)) >= 1 and power_of_two(t.block) == t.block for t in tiles.values())
+
+
+def _read(path: Path) -> dict[str, dict[str, Tile]]:
+    try:
+        entries = json.loads(path.read_text())
+        found = {name: {kernel: Tile(*tile[kernel]) for kernel in KERNELS} for name, tile in entries.items()}
+        legal = all(_fits(tiles) for tiles in found.values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        legal = False
+    if not legal:
+        raise ValueError(
+            f"the tile table {path} must map each entry to {{kernel: [block, warps, stages]}} for {KERNELS}, blocks "
+            "powers of two from 16, dv and dk alike in warps and stages. Mend it, or point LASP_TILES elsewhere."
+        )
+    return found
+
+
+def autotuned() -> bool:
+    """Whether ``LASP_AUTOTUNE`` asks to measure."""
+    value = os.environ.get("LASP_AUTOTUNE", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"LASP_AUTOTUNE must be 0 or 1, got {value!r}.")
+    return value == "1"
+
+
+@functools.cache
+def _table(path: str | None) -> TileTable:
+    return TileTable(Path(path) if path else SHIPPED)
+
+
+def tile_table() -> TileTable:
+    """The table in use, read once per process."""
+    return _table(os.environ.get("LASP_TILES"))
 
 
 def power_of_two(size: int, least: int = 16) -> int:
@@ -74,19 +156,20 @@ def superchunk(decay: int, tokens: int) -> int:
     return min(max(1 << max(tokens // 256, 1).bit_length() - 1, 256), most)
 
 
-def plan(arch: int, dtype: torch.dtype, key_dim: int, value_dim: int, decay: int, tokens: int) -> Plan:
-    """The choices for compute capability ``arch`` (0: the interpreter)."""
-    tiles = {kernel: tile(arch, dtype.itemsize, key_dim, value_dim, decay, tokens, kernel) for kernel in KERNELS}
-    return Plan(64 if dtype.itemsize < 4 else 16, superchunk(decay, tokens), tiles)
-
-
-def tile(arch: int, itemsize: int, key_dim: int, value_dim: int, decay: int, tokens: int, kernel: str) -> Tile:
-    """The tile of one kernel."""
-    outer = power_of_two(value_dim if kernel in ("states", "o", "dv") else key_dim)
-    if itemsize == 4:  # IEEE products on CUDA cores: small blocks
-        return Tile(min(outer, 32), 4, 1) if kernel == "states" else Tile(16, 8, 1)
+def entry(arch: int, dtype: torch.dtype, key_dim: int, value_dim: int, decay: int, tokens: int) -> Entry:
+    """What of the table serves a call; ``arch`` is the compute capability, as 90, or 0: the interpreter."""
     known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
     dim = next(d for d in DIMS if d >= max(key_dim, value_dim))
-    chosen = _TABLE[known, dim][decay == 3][kernel]
-    block = min(chosen.block, outer, 64 if tokens < _FEW_TOKENS else 256)
-    return Tile(block, chosen.warps, chosen.stages)
+    return Entry(known, dim, DECAYS[decay], tokens >= _MANY_TOKENS, dtype.itemsize == 4)
+
+
+def plan(arch: int, dtype: torch.dtype, key_dim: int, value_dim: int, decay: int, tokens: int) -> Plan:
+    """The choices of a call."""
+    chosen = tile_table().tiles(entry(arch, dtype, key_dim, value_dim, decay, tokens))
+    return Plan(64 if dtype.itemsize < 4 else 16, superchunk(decay, tokens), fit(chosen, key_dim, value_dim))
+
+
+def fit(tiles: dict[str, Tile], key_dim: int, value_dim: int) -> dict[str, Tile]:
+    """``tiles`` with no block wider than what the kernel makes: channels of v for states, o and dv, else of k."""
+    widest = {kernel: power_of_two(value_dim if kernel in ("states", "o", "dv") else key_dim) for kernel in KERNELS}
+    return {kernel: Tile(min(t.block, widest[kernel]), t.warps, t.stages) for kernel, t in tiles.items()}
