@@ -1,30 +1,38 @@
-"""Compile the Triton kernels without a GPU: ``python -m lasp.kernels.aot --arch 80,90,100 [--all]``.
+"""Compile the Triton kernels without a GPU: ``python -m lasp.kernels.aot --arch 80,90,100 [--all] [--json FILE]``.
 
 Runs the launches of :mod:`lasp.kernels.lightning` on tensors without storage, compiles each distinct one for bf16 and
 prints registers, spilled bytes per thread, shared memory and which tensor-core instructions are used. Exits non-zero
 when a kernel does not compile, needs more shared memory than the architecture has, or on sm_90 spills more than its
-budget. By default: on sm_90 every kernel for D = 128, elsewhere one decay; ``--all``: all head dims and decays.
+budget. By default: on sm_90 every tile for D = 128, elsewhere one tile of each kernel; ``--all``: every tile.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lasp.kernels.segments import SegmentTable
+from lasp.kernels.triton_tiles import ARCHITECTURES, DIMS
 
 SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}
 SPILL_BYTES = {"local_states": 0, "o": 0, "dq": 0}  # on sm_90; elsewhere:
 SPILL_BYTES_OTHERWISE = 64
-DECAYS = ("none", "fixed", "token", "channel")
+# what decides the code: the decay, whether a fixed one is learned, and whether there is an order
+CASES = ("none", "fixed", "learned", "token", "channel", "bidirectional")
 LENGTHS, HEADS = (1 << 16, 1 << 11), 16  # of both buckets of B * H * T
 
 
@@ -33,6 +41,7 @@ class Launch:
     """One kernel with everything that decides its code.
 
     Attributes:
+        kernel: module and name of the function.
         name: of the kernel; where roles are exchanged, what it makes.
         signature: type of each argument.
         constants: arguments known when compiled.
@@ -40,7 +49,7 @@ class Launch:
         options: warps and stages.
     """
 
-    kernel: object
+    kernel: str
     name: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
@@ -58,8 +67,8 @@ class Usage:
     tensor_cores: str
 
 
-def launches(arch: int, dim: int, decay: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """The distinct launches of a forward and a backward with entry states and exit gradients."""
+def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS) -> list[Launch]:
+    """The distinct launches of a forward and a backward in bf16 with entry states and exit gradients."""
     from lasp.kernels import lightning
 
     found: dict[Launch, None] = {}
@@ -77,18 +86,19 @@ def launches(arch: int, dim: int, decay: str, dtype: torch.dtype = torch.bfloat1
     class Backward(Recorder, lightning.Backward):
         pass
 
-    for length in LENGTHS:
+    causal = case != "bidirectional"
+    for length in lengths:
         with torch.device("meta"):
-            q, k, v, do = (torch.empty(1, length, HEADS, dim, dtype=dtype) for _ in range(4))
-            shapes = {"fixed": (HEADS,), "token": (1, length, HEADS), "channel": (1, length, HEADS, dim)}
-            g = None if decay == "none" else torch.empty(shapes[decay])
+            q, k, v, do = (torch.empty(1, length, HEADS, dim, dtype=torch.bfloat16) for _ in range(4))
+            shapes = {"token": (1, length, HEADS), "channel": (1, length, HEADS, dim)}
+            g = None if case in ("none", "bidirectional") else torch.empty(shapes.get(case, (HEADS,)))
             state = torch.empty(1, 1, HEADS, dim, dim)
-        inputs = q, k, v, g, SegmentTable([(0, length)], torch.device("meta")), True, 0.125
+        inputs = q, k, v, g, SegmentTable([(0, length)], torch.device("meta")), causal, 0.125
         forward = Forward(*inputs)
         forward.state_maps()
         forward.finish(state)
-        needs_dg = decay in ("token", "channel")
-        backward = Backward(*inputs, saved=forward.saved, entry=state, exits=state, do=do, needs_dg=needs_dg)
+        known = {"saved": forward.saved, "entry": state, "exits": state, "do": do}
+        backward = Backward(*inputs, **known, needs_dg=case in ("learned", "token", "channel"))
         backward.state_maps(local=True)
         backward.finish(state)
     return list(found)
@@ -112,13 +122,9 @@ def describe(kernel, args: tuple, options: dict) -> Launch:
             signature.append((name, "fp32" if isinstance(value, float) else "i32"))
             if isinstance(value, int) and value % 16 == 0 and name not in fixed:
                 aligned.append(i)
-    name = kernel.__name__
-    if name == "mix":
-        name = "dq" if bound["SWAP"] else "o"
-    if name == "mix_grads":
-        name = "dkdv"
+    name = {"mix": "dq" if bound.get("SWAP") else "o", "mix_grads": "dkdv"}.get(kernel.__name__, kernel.__name__)
     parts = signature, constants, aligned, launch_options.items()
-    return Launch(kernel, name, *map(tuple, parts))
+    return Launch(f"{kernel.fn.__module__}:{kernel.__name__}", name, *map(tuple, parts))
 
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
@@ -131,7 +137,8 @@ def compile_launch(launch: Launch, arch: int) -> Usage:
     from triton.compiler import ASTSource
 
     attrs = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
-    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attrs)
+    kernel = pkgutil.resolve_name(launch.kernel)
+    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     ptx = compiled.asm["ptx"]
     found = [name for name in ("wgmma", "tcgen05.mma", "mma.sync") if name in ptx]
@@ -155,44 +162,76 @@ def faults(launch: Launch, usage: Usage, arch: int) -> list[str]:
     return out
 
 
-def cases(archs: list[int], everything: bool):
-    """(arch, D, decays) to compile."""
+def selection(archs: list[int], cases: list[str], everything: bool) -> Iterator[tuple[int, int, str, Launch]]:
+    """(arch, D, case, launch): every tile, or those of sm_90 at D = 128 and of the rest one for each kernel."""
     for arch in archs:
-        dims = (64, 128, 256) if everything else (128,)
-        for dim in dims:
-            yield arch, dim, DECAYS if everything or arch == 90 else ("token",)
+        seen: set[str] = set()
+        few = not everything and arch != 90
+        for dim in DIMS if everything else (128,):
+            for case in [c for c in ("token", "channel") if c in cases] if few else cases:  # together all kernels
+                for launch in launches(arch, dim, case, LENGTHS[:1] if few else LENGTHS):
+                    if not few or launch.name not in seen:
+                        yield arch, dim, case, launch
+                    seen.add(launch.name)
+
+
+def measure(arch: int, dim: int, case: str, launch: Launch) -> dict:
+    """One row of the table; ``fault`` is empty where all is well."""
+    constants, options = dict(launch.constants), dict(launch.options)
+    sweep = " rev" if constants.get("REV") and launch.name.endswith("states") else ""
+    row = {
+        "arch": arch,
+        "dim": dim,
+        "case": case,
+        "kernel": launch.name + " safe" * bool(constants.get("SAFE")) + sweep,
+    }
+    row |= {"chunk": constants.get("C"), "block": constants.get("BZ", constants.get("BV"))}
+    row |= {"warps": options.get("num_warps", 4), "stages": options.get("num_stages", 3)}
+    try:
+        usage = compile_launch(launch, arch)
+    except Exception as error:
+        return row | {"fault": f"does not compile: {error}"}
+    return row | asdict(usage) | {"fault": "; ".join(faults(launch, usage, arch))}
+
+
+def line(row: dict) -> str:
+    """A row as text."""
+    cells = (f"sm_{row['arch']}", row["dim"], row["case"], row["kernel"], row["chunk"] or "-", row["block"] or "-")
+    text = "{:6} {:>3} {:13} {:21} {:>2} {:>5} ".format(*cells) + f"{row['warps']:>5} {row['stages']:>6} "
+    if "registers" in row:
+        text += f"{row['registers']:>4} {row['spill']:>5} {row['shared']:>7}  {row['tensor_cores']:8} "
+    return text + row["fault"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--arch", default="80,90,100", help="comma-separated compute capabilities")
-    parser.add_argument("--all", action="store_true", help="all head dims and decays")
-    parser.add_argument("--decays", default=",".join(DECAYS), help="comma-separated, of those that would be compiled")
-    parser.add_argument("--kernels", default="", help="comma-separated; default all")
+    parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="comma-separated")
+    parser.add_argument("--all", action="store_true", help="every tile of every head dim")
+    parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+    parser.add_argument("--kernels", default="", help="comma-separated names as printed; default: all")
+    parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args(argv)
-    bad = 0
-    print("arch    D decay    kernel         C block warps stages  regs spill  shared  tensor cores")
-    for arch, dim, decays in cases([int(x) for x in options.arch.split(",")], options.all):
-        for decay in decays:
-            if decay not in options.decays.split(","):
-                continue
-            for launch in launches(arch, dim, decay):
-                if options.kernels and launch.name not in options.kernels.split(","):
-                    continue
-                constants, chosen = dict(launch.constants), dict(launch.options)
-                name = launch.name + (" safe" if constants.get("SAFE") else "") + (
-                    " rev" if constants.get("REV") and launch.name.endswith("states") else ""
-                )  # fmt: skip
-                block = constants.get("BZ", constants.get("BV", "-"))
-                line = f"sm_{arch:<4} {dim:>3} {decay:8} {name:15} {constants.get('C', '-'):>2} {block:>5} "
-                line += f"{chosen.get('num_warps', 4):>4} {chosen.get('num_stages', 3):>5}  "
-                usage = compile_launch(launch, arch)
-                wrong = faults(launch, usage, arch)
-                bad += bool(wrong)
-                line += f"{usage.registers:>5} {usage.spill:>5} {usage.shared:>7}  {usage.tensor_cores} "
-                print(line + "; ".join(wrong), flush=True)
-    print(f"{bad} kernels over their budget" if bad else "all within budget")
+    archs, cases = [int(x) for x in options.arch.split(",")], options.cases.split(",")
+    if not set(archs) <= set(ARCHITECTURES) or not set(cases) <= set(CASES):
+        parser.error(f"--arch takes {ARCHITECTURES}, --cases {CASES}; got {options.arch} and {options.cases}")
+    import triton
+
+    chosen = list(selection(archs, cases, options.all))
+    if options.kernels:
+        chosen = [x for x in chosen if x[-1].name in options.kernels.split(",")]
+    print("arch     D case          kernel                 C block warps stages regs spill  shared  tensor cores")
+    rows = []
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for row in pool.map(measure, *zip(*chosen)):
+            rows.append(row)
+            print(line(row), flush=True)
+    if options.json:
+        report = {"triton": triton.__version__, "dtype": "bfloat16", "heads": HEADS, "lengths": LENGTHS, "rows": rows}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    bad = sum(bool(row["fault"]) for row in rows)
+    print(f"{bad} of {len(rows)} kernels do not fit" if bad else f"all {len(rows)} kernels within budget")
     return 1 if bad else 0
 
 

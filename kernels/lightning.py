@@ -321,16 +321,18 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
+def unserved(dtype: torch.dtype, key_dim: int, value_dim: int) -> str:
+    """What the kernels would take instead of such inputs; empty where they serve."""
+    if dtype not in _CHUNK_DECAY:
+        return f"q, k, v in bfloat16, float16 or float32, got {dtype}"
+    for name, size in (("K", key_dim), ("V", value_dim)):
+        if not 1 <= size <= 256:
+            return f"head dims up to 256, got {name} = {size}"
+    return ""
+
+
 def check(q: Tensor, v: Tensor) -> None:
     """Raise a ValueError for dtypes and head dims that the kernels do not serve."""
-    if q.dtype not in _CHUNK_DECAY:
-        raise ValueError(
-            f"impl='triton' takes q, k, v in bfloat16, float16 or float32, got {q.dtype}. Convert them, or use "
-            "impl='torch'."
-        )
-    for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
-        if not 1 <= size <= 256:
-            raise ValueError(
-                f"impl='triton' takes head dims up to 256, got {name} = {size}. Use more and smaller heads, or "
-                "impl='torch'."
-            )
+    why = unserved(q.dtype, q.shape[-1], v.shape[-1])
+    if why:
+        raise ValueError(f"impl='triton' takes {why}. Change that, or use impl='torch'.")

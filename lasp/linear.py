@@ -59,7 +59,7 @@ def linear_attention(
         output_final_state: also return the state after each document, equal on all ranks. An upstream gradient on it
             is this rank's share likewise.
         impl: ``torch`` (chunked), ``triton`` (GPU kernels; bf16, fp16, fp32, head dims up to 256), ``reference`` (token
-            by token, one device), ``auto`` (torch; logs once what it chose).
+            by token, one device), ``auto`` (triton where it is installed and serves, else torch; logs once which).
 
     Returns:
         ``o`` [B, T, H, V] in v's dtype, and the final states in fp32 (fp64 for fp64 inputs) or None.
@@ -77,15 +77,20 @@ def linear_attention(
         o, final = recurrence(*wide[:4], cu_seqlens=borders, causal=causal, scale=scale, initial_state=wide[4])
         return o.to(v.dtype), final if output_final_state else None
     if impl == "auto":
-        _announce("torch", q.device.type)
+        impl = _choose(q, v)
     operator = _triton_operator() if impl == "triton" else chunked
     return _LinearAttention.apply(q, k, v, g, initial_state, cp, causal, scale, output_final_state, operator)
 
 
 @functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
 def _triton_operator():
     """The module of the Triton kernels; triton is imported where it is used."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         raise ValueError("impl='triton' needs the package triton, which is not installed: pip install 'lasp[triton]'.")
     from lasp.kernels import lightning
 
@@ -204,10 +209,31 @@ def _public_state(state: Tensor, cp: CPContext) -> Tensor:
     return state.squeeze(1 if cp.layout.num_documents > 1 else 0)
 
 
+def _choose(q: Tensor, v: Tensor) -> str:
+    """What ``auto`` stands for: the Triton kernels wherever they serve."""
+    why = "the kernels are for CUDA devices"
+    if q.is_cuda:
+        why = _why_not_triton(q.device, q.dtype, q.shape[-1], v.shape[-1])
+    _announce("torch" if why else "triton", q.device.type, why)
+    return "torch" if why else "triton"
+
+
 @functools.cache
-def _announce(impl: str, device: str) -> None:
-    """Say once per process and kind of device what ``auto`` chose."""
-    logging.getLogger("lasp").info("linear_attention: impl='auto' chose %r on %s", impl, device)
+def _why_not_triton(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str:
+    """Why the Triton kernels do not serve on this CUDA device; empty where they do."""
+    if not _has_triton():
+        return "the package triton is not installed"
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no compute capability 8.0"
+    why = _triton_operator().unserved(dtype, key_dim, value_dim)
+    return f"the kernels take {why}" if why else ""
+
+
+@functools.cache
+def _announce(impl: str, device: str, why: str) -> None:
+    """Say once per process and reason what ``auto`` chose."""
+    message = "linear_attention: impl='auto' chose %r on %s%s"
+    logging.getLogger("lasp").info(message, impl, device, f": {why}" if why else "")
 
 
 def _check_tensors(**arguments: Tensor | None) -> None:

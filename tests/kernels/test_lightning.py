@@ -1,8 +1,6 @@
 """The Triton kernels in Triton's interpreter, in fp32 (its 16-bit products are wrong), against the reference."""
 
 import importlib.util
-import subprocess
-import sys
 from dataclasses import replace
 from unittest import mock
 
@@ -113,13 +111,6 @@ def test_the_backward_keeps_a_sliver_of_one_input(interpreters, gate):
         superchunk = triton_tiles.superchunk(GATES.index(gate), heads * length)
         saved = length // superchunk * heads * dim * dim * 4
         assert saved <= 0.3 * length * heads * dim * 2  # of one bf16 input
-
-
-@pytest.mark.parametrize("gate", ["fixed", "token"])
-def test_shipped_tiles_compile_without_a_gpu(gate):
-    command = [sys.executable, "-m", "lasp.kernels.aot", "--arch", "90", "--decays", gate, "--kernels", "o,dkdv"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert "all within budget" in run.stdout and run.stdout.count("wgmma") >= 2, run.stdout + run.stderr
 
 
 @pytest.mark.gpu

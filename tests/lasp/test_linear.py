@@ -1,5 +1,6 @@
 """linear_attention on one device, where cp = 1 runs the same code path, and its refusals."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.kernels.reference import recurrence
-from lasp.linear import _announce
+from lasp.linear import _announce, _has_triton, _why_not_triton
 from tests.harness import assert_close
 from tests.lasp.linear_cases import GATES, PACKED, Case, matrix, special, worst, worst_in_small_tiles
 
@@ -163,7 +164,37 @@ def test_auto_says_once_what_it_chose(caplog):
     with caplog.at_level("INFO", "lasp"):
         linear_attention(q, q, q)
         linear_attention(q, q, q)
-    assert [record.getMessage() for record in caplog.records] == ["linear_attention: impl='auto' chose 'torch' on cpu"]
+    (record,) = caplog.records
+    said = "linear_attention: impl='auto' chose 'torch' on cpu: the kernels are for CUDA devices"
+    assert record.getMessage() == said
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dims", "why"),
+    [
+        ((9, 0), torch.bfloat16, (128, 256), "^$"),
+        ((8, 0), torch.float32, (1, 16), "^$"),
+        ((7, 5), torch.float16, (128, 128), "Tesla T4 has no compute capability 8.0"),
+        (
+            (9, 0),
+            torch.float64,
+            (64, 64),
+            "the kernels take q, k, v in bfloat16, float16 or float32, got torch.float64",
+        ),
+        ((9, 0), torch.bfloat16, (64, 257), "the kernels take head dims up to 256, got V = 257"),
+    ],
+)
+def test_auto_takes_the_kernels_wherever_they_serve_on_cuda(monkeypatch, capability, dtype, dims, why):
+    if not _has_triton():
+        pytest.skip("needs triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert re.search(why, _why_not_triton.__wrapped__(torch.device("cuda"), dtype, *dims))
+
+
+def test_auto_does_without_triton_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr("lasp.linear._has_triton", lambda: False)
+    assert "not installed" in _why_not_triton.__wrapped__(torch.device("cuda"), torch.bfloat16, 64, 64)
 
 
 def bad(**changes):
