@@ -186,8 +186,12 @@ class Forward(_Chunked):
         return StateMap(torch.cat(exits), log_decay)
 
     @in_ieee
-    def local(self) -> None:
-        """The output that needs no entry state: within chunks, and across those of one segment."""
+    def local(self, entered: Sequence[bool] | None = None) -> None:
+        """The output that needs no entry state: within chunks, and across those of one segment.
+
+        Args:
+            entered: for operators that finish whole segments here; this one does as much for those that are entered.
+        """
         self._make_output()
         if not self.causal:
             return

@@ -4,8 +4,8 @@ Two levels of tokens (TFLA, arXiv 2503.14376): a program walks through the chunk
 registers, and only one fp32 state per superchunk ever reaches memory. The stages are
 
     forward     state_maps   decays; what each superchunk adds (reads k, v); scan over the superchunks of each segment
-                local        nothing: the output kernel adds entry states where it loads its own, at no cost in traffic
-                finish       o
+                local        o of the segments that no state enters, as of documents that begin here
+                finish       o of the rest: the kernel adds entry states where it loads its own, at no cost in traffic
     backward    state_maps   decays; what each superchunk adds to the state's gradient (reads q, do); scan, reversed
                 local        dq, which needs no exit gradient, so the exchange flies meanwhile
                 finish       dv, dk; dg
@@ -34,6 +34,7 @@ from lasp.kernels.triton_tiles import Tile, power_of_two
 
 _LN2 = 0.6931471805599453
 NONE, FIXED, TOKEN, CHANNEL = range(4)  # DECAY in the kernels
+_MOST_RUNS = 4  # of segments that no state enters: more launches would cost more than they hide
 # log2 of the largest decay of a chunk that one reference point serves: its factors stay finite, and in fp32 accurate
 _CHUNK_DECAY = {torch.bfloat16: 200.0, torch.float16: 20.0, torch.float32: 24.0}
 
@@ -104,19 +105,20 @@ class _Lightning:
         programs = self.batch * heads * count
         channels = self.key_dim if self.decay == CHANNEL else 1
         self.total = make(self.batch, heads, count, channels)
+        self.illegal = torch.empty((self.batch, heads, count), dtype=torch.int32, device=g.device)
         tables = (self.pieces.pieces, self.length, count)
         if self.decay == TOKEN:
             self.fine = make(self.batch, heads, self.length)
             self.coarse = make(self.batch, heads, self.length) if self.exact else None
             options = {"HG": heads, "C": chunk, "R": 16, "EXACT": self.exact, "num_warps": 4}
-            self._launch(token_gates, programs, g, self.coarse, self.fine, self.total, *tables, **options)
+            self._launch(token_gates, programs, g, self.coarse, self.fine, self.total, self.illegal, *tables, **options)
         else:
             self.fine = make(*g.shape)
             self.flags = torch.empty((self.batch, heads, count), dtype=torch.int32, device=g.device)
             block = power_of_two(channels)
             self._launch(
                 channel_gates, programs,
-                g, self.fine, self.total, self.flags, *tables, _CHUNK_DECAY[self.q.dtype],
+                g, self.fine, self.total, self.flags, self.illegal, *tables, _CHUNK_DECAY[self.q.dtype],
                 HG=heads, K=channels, BK=block, C=chunk, num_warps=max(4, block // 16),
             )  # fmt: skip
         segments = self.pieces.num_segments
@@ -157,16 +159,17 @@ class _Lightning:
         )  # fmt: skip
         return states, exits
 
-    def _mix(self, name: str, x, y, z, states, entry, out, *, other=None, rows=None) -> None:
-        """o or dq: see :mod:`lasp.kernels.triton_output`."""
+    def _mix(self, name: str, x, y, z, states, entry, out, *, pieces=None, other=None, rows=None) -> None:
+        """o or dq of the superchunks ``pieces``, by default all: see :mod:`lasp.kernels.triton_output`."""
+        first, last = (0, self.pieces.count) if pieces is None else pieces
         tile: Tile = self.plan.tiles[name]
         dx, dz = x.shape[-1], z.shape[-1]
         for chunk, safe in self._variants():
             self._launch(
-                mix, self.pieces.count * self.rows * triton.cdiv(dz, tile.block),
+                mix, (last - first) * self.rows * triton.cdiv(dz, tile.block),
                 x, y, z, out, states, entry, other, rows, self.g, self.coarse, self.fine, self.flags,
-                self.before, self.pieces.pieces, self.scale, self.length, self.pieces.count, self.rows,
-                H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2], HG=self.gate_heads,
+                self.before, self.pieces.pieces, self.scale, self.length, self.pieces.count, self.rows, first,
+                last - first, H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2], HG=self.gate_heads,
                 DX=dx, DZ=dz, BX=power_of_two(dx), BZ=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact,
                 SAFE=safe, CAUSAL=self.causal, ENTERED=entry is not None, ROWS=rows is not None,
                 HO=1 if other is None else other.shape[2], SWAP=name == "dq",
@@ -176,6 +179,14 @@ class _Lightning:
 
 class Forward(_Lightning):
     """The forward in stages, with the arguments and results of :class:`lasp.kernels.chunked.Forward`."""
+
+    def __init__(self, q, k, v, g, table, causal, scale):
+        super().__init__(q, k, v, g, table, causal, scale)
+        shape = (self.batch, self.length, self.num_heads, self.value_dim)
+        self.o = torch.empty(shape, dtype=v.dtype, device=v.device)
+        if self.decay > FIXED and q.is_cuda:
+            torch._assert_async((self.illegal == 0).all(), "g must be a log-decay <= 0")
+        self.done: list[tuple[int, int]] = []  # ranges of superchunks whose output local() has made
 
     def state_maps(self, *, local: bool = False) -> StateMap:
         """The map of every segment: state [segments, B, H, K, V], log_decay [segments, b, H, a]; fp32.
@@ -196,8 +207,21 @@ class Forward(_Lightning):
         total = self.whole * _LN2
         return total if groups == 1 else total.repeat_interleave(groups, 2)
 
-    def local(self) -> None:
-        """Nothing; see the module."""
+    def local(self, entered: Sequence[bool] | None = None) -> None:
+        """The output of segments that no state enters.
+
+        Args:
+            entered: which segments one may enter; None: all, and nothing is done here.
+        """
+        if not self.causal or entered is None:
+            return
+        first = self.pieces.first
+        starts = [i for i, e in enumerate(entered) if not e and (i == 0 or entered[i - 1])]
+        stops = [i + 1 for i, e in enumerate(entered) if not e and (i + 1 == len(entered) or entered[i + 1])]
+        if len(starts) <= _MOST_RUNS:
+            self.done = [(first[i], first[j]) for i, j in zip(starts, stops, strict=True)]
+        for pieces in self.done:
+            self._output(None, pieces)
 
     def finish(self, entry: Tensor | None, entered: Sequence[bool] | None = None) -> Tensor:
         """The output [B, T, H, V] in v's dtype.
@@ -205,13 +229,18 @@ class Forward(_Lightning):
         Args:
             entry: state that enters each segment [segments, B, H, K, V], None when all are zero; not causal: the
                 state of each segment's whole document.
-            entered: which of them may differ from zero; all are read.
+            entered: which of them may differ from zero, as :meth:`local` was told; all are read.
         """
-        shape = (self.batch, self.length, self.num_heads, self.value_dim)
-        o = torch.empty(shape, dtype=self.v.dtype, device=self.v.device)
+        entry, at = _contiguous(entry), 0
+        for start, stop in [*self.done, (self.pieces.count, self.pieces.count)]:
+            if at < start:
+                self._output(entry, (at, start))
+            at = stop
+        return self.o
+
+    def _output(self, entry: Tensor | None, pieces: tuple[int, int]) -> None:
         states = self.saved[0] if self.causal else None
-        self._mix("o", self.q, self.k, self.v, states, _contiguous(entry), o)
-        return o
+        self._mix("o", self.q, self.k, self.v, states, entry, self.o, pieces=pieces)
 
 
 class Backward(_Lightning):
@@ -288,8 +317,9 @@ class Backward(_Lightning):
             )  # fmt: skip
 
     def _gate_grad(self, d_exit: Tensor | None) -> Tensor:
-        channels = self.key_dim if self.decay == CHANNEL else 1
-        dg = self.k.new_empty((self.batch, self.length, self.num_heads, channels), dtype=torch.float32)
+        dg = self.products  # of channels: each program replaces what it has read
+        if self.decay != CHANNEL:
+            dg = self.k.new_empty((self.batch, self.length, self.num_heads, 1), dtype=torch.float32)
         block = min(32, power_of_two(self.key_dim))
         blocks = triton.cdiv(self.key_dim, block) if self.decay == CHANNEL else 1
         self._launch(

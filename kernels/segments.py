@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+Bounds = Sequence[tuple[int, int]]  # (start, stop) of each segment
+
 
 class TileShape:
     """What tiles of equal shape share.
@@ -102,6 +104,7 @@ class SegmentTable:
         bounds: ``(start, stop)`` of each segment in local tokens: consecutive, none empty.
         device: where the tables live.
         chunk_size: tokens per chunk, a power of two. Default: up to 64, smaller where segments are short.
+        replaceable: whether tables leave room for every layout of as many segments: see :meth:`replace`.
 
     Attributes:
         num_chunks: N. Border b in 0..N lies between chunk b - 1 and chunk b.
@@ -110,8 +113,10 @@ class SegmentTable:
         kept: tables that operators derive from this one, made once.
     """
 
-    def __init__(self, bounds: Sequence[tuple[int, int]], device: torch.device, chunk_size: int | None = None):
-        self.bounds, self.device = tuple(bounds), device
+    def __init__(
+        self, bounds: Bounds, device: torch.device, chunk_size: int | None = None, *, replaceable: bool = False
+    ):
+        self.bounds, self.device, self.replaceable = tuple(bounds), device, replaceable
         if chunk_size is None:
             mean = self.bounds[-1][1] / len(self.bounds)
             chunk_size = next(size for size in (16, 32, 64) if size >= mean or size == 64)
@@ -129,6 +134,29 @@ class SegmentTable:
         self.kept: dict[Hashable, object] = {}
         self._tiles: dict[int, tuple[Tile, ...]] = {}
         self._shapes: dict[tuple, TileShape] = {}
+
+    def replace(self, bounds: Bounds) -> None:
+        """Other segments, as many and of as many tokens, in the device memory that kernels have read before.
+
+        So a captured CUDA graph of the Triton kernels computes with the new layout when it is replayed.
+
+        Raises:
+            ValueError: the table is not ``replaceable``; the numbers of segments or tokens differ; operators whose
+                work depends on the layout on the host, as the PyTorch one, have used the table.
+        """
+        have, want = (len(self.bounds), self.bounds[-1][1]), (len(bounds), bounds[-1][1])
+        if not self.replaceable or have != want:
+            raise ValueError(
+                f"bounds must be as many segments and tokens as the table of {have} that was made replaceable, got "
+                f"{want}, replaceable={self.replaceable}. Capture again, with tables of their own."
+            )
+        if not all(hasattr(kept, "load") for kept in self.kept.values()):
+            raise ValueError("only the Triton kernels can be given another layout, and impl='torch' used this table.")
+        kept = self.kept
+        self.__init__(bounds, self.device, replaceable=True)
+        for table in kept.values():
+            table.load(self.bounds)
+        self.kept.update(kept)
 
     def tiles(self, chunks_per_tile: int) -> tuple[Tile, ...]:
         """Up to ``chunks_per_tile`` chunks each, in local order."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lasp.kernels.segments import SegmentTable
+from lasp.kernels.segments import Bounds, SegmentTable
 
 
 @dataclass(frozen=True)
@@ -19,40 +19,59 @@ class Superchunks:
     """Device tables, made once per layout.
 
     Attributes:
-        count: N superchunks.
-        num_segments: S.
+        length: most tokens per superchunk, L.
+        count: N superchunks; with room for other layouts, the last ones may hold no token.
+        first: first superchunk of each segment, and the one behind the last: S + 1 numbers on the host.
         pieces: start, stop, segment, start and stop of the segment, int32 [5, N].
         segments: first superchunk and the one behind the last, int32 [2, S].
         lengths: tokens of each segment, float64 [S].
     """
 
+    length: int
     count: int
-    num_segments: int
+    first: list[int]
     pieces: Tensor
     segments: Tensor
     lengths: Tensor
+
+    @property
+    def num_segments(self) -> int:
+        """S."""
+        return len(self.first) - 1
+
+    def load(self, bounds: Bounds) -> None:
+        """Other segments, as many and of as many tokens, into the same memory: for kernels that are replayed."""
+        first, *tables = _tables(bounds, self.length, self.count)
+        self.first[:] = first
+        for mine, new in zip((self.pieces, self.segments, self.lengths), tables, strict=True):
+            mine.copy_(new)
 
 
 def superchunks(table: SegmentTable, length: int) -> Superchunks:
     """The superchunks of ``table``, kept with it."""
     key = ("superchunks", length)
     if key not in table.kept:
-        table.kept[key] = _make(table.bounds, length, table.device)
+        count = None
+        if table.replaceable:  # the most that as many segments can need
+            segments = len(table.bounds)
+            count = (table.bounds[-1][1] - segments) // length + segments
+        first, *tables = _tables(table.bounds, length, count)
+        pieces, segments, lengths = (t.to(table.device) for t in tables)
+        table.kept[key] = Superchunks(length, pieces.shape[1], first, pieces, segments, lengths)
     return table.kept[key]
 
 
-def _make(bounds: tuple[tuple[int, int], ...], length: int, device: torch.device) -> Superchunks:
-    pieces = [
-        (at, min(at + length, stop), s, start, stop)
-        for s, (start, stop) in enumerate(bounds)
-        for at in range(start, stop, length)
-    ]
-    ends = torch.bincount(torch.tensor([piece[2] for piece in pieces]), minlength=len(bounds)).cumsum(0)
-    starts = torch.nn.functional.pad(ends[:-1], (1, 0))
-    return Superchunks(
-        count=len(pieces),
-        num_segments=len(bounds),
-        pieces=torch.tensor(pieces, dtype=torch.int32).t().contiguous().to(device),
-        segments=torch.stack([starts, ends]).int().to(device),
-        lengths=torch.tensor([stop - start for start, stop in bounds], dtype=torch.float64).to(device),
+def _tables(bounds: Bounds, length: int, count: int | None) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """``first``, ``pieces``, ``segments`` and ``lengths``, with empty pieces up to ``count``."""
+    pieces, first = [], []
+    for s, (start, stop) in enumerate(bounds):
+        first.append(len(pieces))
+        pieces += [(at, min(at + length, stop), s, start, stop) for at in range(start, stop, length)]
+    first.append(len(pieces))
+    pieces += [(0, 0, 0, 0, 0)] * ((count or 0) - len(pieces))
+    return (
+        first,
+        torch.tensor(pieces, dtype=torch.int32).t().contiguous(),
+        torch.tensor([first[:-1], first[1:]], dtype=torch.int32),
+        torch.tensor([stop - start for start, stop in bounds], dtype=torch.float64),
     )

@@ -26,10 +26,13 @@ CHUNK_SAFE = 16
 
 @triton.jit(do_not_specialize=["T", "N"])
 def token_gates(
-    p_g, p_coarse, p_fine, p_total, p_pieces, T, N,
+    p_g, p_coarse, p_fine, p_total, p_illegal, p_pieces, T, N,
     HG: tl.constexpr, C: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """g [B, T, HG] -> coarse, fine [B, HG, T] and total [B, HG, N], all fp32 base 2. Grid [N * B * HG]."""
+    """g [B, T, HG] -> coarse, fine [B, HG, T] and total [B, HG, N], all fp32 base 2. Grid [N * B * HG].
+
+    illegal int32 [B, HG, N]: how many of g are not <= 0.
+    """
     i_n, i_bh = tl.program_id(0) % N, tl.program_id(0) // N
     start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
     i_b, i_h = i_bh // HG, i_bh % HG
@@ -37,9 +40,11 @@ def token_gates(
     p_fine += i_bh.to(tl.int64) * T + start
     at_chunk = tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]  # [R, C]
     b_total = tl.zeros([R], tl.float32)
+    b_illegal = tl.zeros([R], tl.int32)
     for i in range(0, tl.cdiv(n, R * C)):
         at = i * (R * C) + at_chunk
         b_g = tl.load(p_g + at * HG, mask=at < n, other=0.0).to(tl.float32)
+        b_illegal += tl.sum(tl.where(b_g <= 0.0, 0, 1), 1)  # NaN is not
         b_g = tl.maximum(b_g, LOWEST) * LOG2E
         b_total += tl.sum(b_g, 1)
         if EXACT:
@@ -48,16 +53,18 @@ def token_gates(
             b_g -= b_whole
         tl.store(p_fine + at, tl.cumsum(b_g, 1), mask=at < n)
     tl.store(p_total + i_bh * N + i_n, tl.sum(b_total, 0))
+    tl.store(p_illegal + i_bh * N + i_n, tl.sum(b_illegal, 0))
 
 
 @triton.jit(do_not_specialize=["T", "N", "limit"])
 def channel_gates(
-    p_g, p_fine, p_total, p_flags, p_pieces, T, N, limit,
+    p_g, p_fine, p_total, p_flags, p_illegal, p_pieces, T, N, limit,
     HG: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """g [B, T, HG, K] -> fine [B, T, HG, K], total [B, HG, N, K] fp32 base 2; flags int32 [B, HG, N].
+    """g [B, T, HG, K] -> fine [B, T, HG, K], total [B, HG, N, K] fp32 base 2; flags, illegal int32 [B, HG, N].
 
-    A superchunk is flagged where a channel of a chunk decays by more than 2 ** ``limit``. Grid [N * B * HG].
+    A superchunk is flagged where a channel of a chunk decays by more than 2 ** ``limit``; illegal: how many of g are
+    not <= 0. Grid [N * B * HG].
     """
     i_n, i_bh = tl.program_id(0) % N, tl.program_id(0) // N
     start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
@@ -68,15 +75,18 @@ def channel_gates(
     in_key = cols < K
     b_total = tl.zeros([BK], tl.float32)
     b_least = tl.zeros([BK], tl.float32)
+    b_illegal = tl.zeros([BK], tl.int32)
     for i in range(0, tl.cdiv(n, C)):
         mask = (i * C + rows < n)[:, None] & in_key[None, :]
         b_g = tl.load(p_g + base + i * (C * HG * K) + at_chunk, mask=mask, other=0.0).to(tl.float32)
+        b_illegal += tl.sum(tl.where(b_g <= 0.0, 0, 1), 0)
         b_sum = tl.sum(tl.maximum(b_g, LOWEST) * LOG2E, 0)
         b_total += b_sum
         b_least = tl.minimum(b_least, b_sum)
     flag = tl.min(b_least, 0) < -limit
     tl.store(p_total + (i_bh * N + i_n).to(tl.int64) * K + cols, b_total, mask=in_key)
     tl.store(p_flags + i_bh * N + i_n, flag.to(tl.int32))
+    tl.store(p_illegal + i_bh * N + i_n, tl.sum(b_illegal, 0))
     for i in range(0, tl.cdiv(n, C)):
         mask = (i * C + rows < n)[:, None] & in_key[None, :]
         b_g = tl.load(p_g + base + i * (C * HG * K) + at_chunk, mask=mask, other=0.0).to(tl.float32)

@@ -24,19 +24,22 @@ import triton.language as tl
 from lasp.kernels.triton_gates import channel_decays, fixed_slope, row_decays, row_spans
 
 
-@triton.jit(do_not_specialize=["T", "N", "BH"])
+@triton.jit(do_not_specialize=["T", "N", "BH", "first", "count"])
 def mix(
     p_x, p_y, p_z, p_out, p_states, p_entry, p_other, p_rows,
-    p_g, p_coarse, p_fine, p_flags, p_entry_decay, p_pieces, scale, T, N, BH,
+    p_g, p_coarse, p_fine, p_flags, p_entry_decay, p_pieces, scale, T, N, BH, first, count,
     H: tl.constexpr, HX: tl.constexpr, HY: tl.constexpr, HZ: tl.constexpr, HG: tl.constexpr,
     DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, EXACT: tl.constexpr, SAFE: tl.constexpr, CAUSAL: tl.constexpr, ENTERED: tl.constexpr,
     ROWS: tl.constexpr, HO: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """o or (SWAP) dq. Grid [N * B * H * cdiv(DZ, BZ)]; see :func:`walk`."""
+    """o or (SWAP) dq of ``count`` superchunks from ``first`` on; see :func:`walk`.
+
+    Grid [count * B * H * cdiv(DZ, BZ)].
+    """
     NZ: tl.constexpr = (DZ + BZ - 1) // BZ
     i_z, i_bh, i_n = tl.program_id(0) % NZ, (tl.program_id(0) // NZ) % BH, tl.program_id(0) // (NZ * BH)
-    i_n = N - 1 - i_n  # the states read last by the pass before are the likeliest in the cache
+    i_n = first + count - 1 - i_n  # the states read last by the pass before are the likeliest in the cache
     if DECAY == 3:  # noqa: SIM102 (decided when compiled, then on the device)
         if (tl.load(p_flags + (i_bh // H * HG + i_bh % H // (H // HG)) * N + i_n) != 0) != SAFE:
             return
@@ -168,20 +171,20 @@ def walk(
             b_z = tl.load(p_z + t * (HZ * DZ) + at_z, mask=in_row & in_z, other=0.0)
 
         if not CAUSAL:
-            b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * scale
+            b_out = times(b_x, b_state) * scale
         elif DECAY < 3:
             b_scores = tl.dot(b_x, tl.trans(b_y), input_precision="ieee")
             if DECAY == 0:
                 b_scores = tl.where(seen, b_scores, 0.0)
-                b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * scale
+                b_out = times(b_x, b_state) * scale
             else:
                 b_span = row_spans(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
                 b_scores *= tl.exp2(tl.where(seen, -b_span if REV else b_span, float("-inf")))
                 b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
                 b_weight = tl.exp2(b_end if REV else b_begin) * scale
-                b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * b_weight[:, None]
+                b_out = times(b_x, b_state) * b_weight[:, None]
                 b_state *= tl.exp2(total)
-            b_out += tl.dot(b_scores.to(dtype), b_z, input_precision="ieee") * scale
+            b_out += times(b_scores, b_z) * scale
             if DECAY > 0:
                 b_z = (b_z.to(tl.float32) * tl.exp2(b_begin if REV else b_end)[:, None]).to(dtype)
             b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
@@ -194,12 +197,12 @@ def walk(
                 left, rows, cols_k, mask_x, mask_z, HY * DX, HZ * DZ, HG * KEYS, KEYS, BX, BZ, C, SWAP, REV,
             )  # fmt: skip
             if SWAP:
-                b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * b_near * scale
+                b_out = times(b_x, b_state) * b_near * scale
                 b_z = (b_z.to(tl.float32) * b_far).to(dtype)
                 b_state *= tl.exp2(b_total)[None, :]
             else:
                 b_x = (b_x.to(tl.float32) * b_near).to(dtype)
-                b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * scale
+                b_out = times(b_x, b_state) * scale
                 b_y = (b_y.to(tl.float32) * b_far).to(dtype)
                 b_state *= tl.exp2(b_total)[:, None]
             b_out += b_within * scale
@@ -216,8 +219,8 @@ def walk(
                 b_y = (b_y.to(tl.float32) * tl.exp2(b_shift)).to(dtype)
             b_scores = tl.where(seen, tl.dot(b_x, tl.trans(b_y), input_precision="ieee"), 0.0)
             b_state *= b_half
-            b_out = tl.dot(b_x, b_state.to(dtype), input_precision="ieee") * scale
-            b_out += tl.dot(b_scores.to(dtype), b_z, input_precision="ieee") * scale
+            b_out = times(b_x, b_state) * scale
+            b_out += times(b_scores, b_z) * scale
             if SWAP:
                 b_out *= tl.exp2(-b_shift)
             b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee") * b_half
@@ -233,6 +236,22 @@ def walk(
             else:
                 b_sum = tl.sum(b_rows, 1)
                 tl.store(p_rows + t + rows, -b_sum if REV else b_sum, mask=rows < left)
+
+
+@triton.jit
+def times(b_a, b_b):
+    """b_a b_b in fp32, where one is an fp32 sum that the product takes in the other's dtype: fp16 ends at 65504."""
+    if b_a.dtype == tl.float16:
+        factor = tl.maximum(tl.max(tl.abs(b_b)) / 16384.0, 1.0)
+        b_product = tl.dot(b_a, (b_b / factor).to(b_a.dtype)) * factor
+    elif b_b.dtype == tl.float16:
+        factor = tl.maximum(tl.max(tl.abs(b_a)) / 16384.0, 1.0)
+        b_product = tl.dot((b_a / factor).to(b_b.dtype), b_b) * factor
+    elif b_b.dtype == tl.float32:
+        b_product = tl.dot(b_a, b_b.to(b_a.dtype), input_precision="ieee")
+    else:
+        b_product = tl.dot(b_a.to(b_b.dtype), b_b, input_precision="ieee")
+    return b_product
 
 
 @triton.jit

@@ -65,13 +65,18 @@ class CPContext:
         self.cp_rank, self.cp_size = dist.get_rank(group), size
         self.tape: ExchangeTape | None = None
         self._made: dict[Hashable, object] = {}
+        self._replaceable = False
 
     @classmethod
-    def local(cls, cu_seqlens_or_length: int | Sequence[int] | Tensor | SequenceLayout) -> CPContext:
+    def local(
+        cls, cu_seqlens_or_length: int | Sequence[int] | Tensor | SequenceLayout, *, replaceable: bool = False
+    ) -> CPContext:
         """One device, no process group, the same code path: cp_size = 1.
 
         Args:
             cu_seqlens_or_length: document borders, one document's length, or a layout of one rank.
+            replaceable: make tables with room for any layout of as many tokens and documents, none empty, so that
+                :meth:`replace_layout` works under a captured CUDA graph.
         """
         layout = cu_seqlens_or_length
         if not isinstance(layout, SequenceLayout):
@@ -83,7 +88,52 @@ class CPContext:
         self.cp_rank, self.cp_size = 0, 1
         self.tape = None
         self._made = {}
+        self._replaceable = replaceable
+        if replaceable:
+            self._check_no_empty_document(layout)
         return self
+
+    def replace_layout(self, cu_seqlens: int | Sequence[int] | Tensor) -> None:
+        """Write another layout into the device tables that linear layers with the Triton kernels read.
+
+        A CUDA graph that captured such layers then computes with the new layout when it is replayed. What else of the
+        layout the graph holds, as position ids, its owner replaces likewise.
+
+        Args:
+            cu_seqlens: borders of as many documents over as many tokens as before, none of them empty.
+
+        Raises:
+            ValueError: the context was not made ``replaceable``; the numbers differ; a layer has used this context
+                whose work depends on the layout on the host: softmax, convolution, linear with ``impl="torch"``.
+        """
+        layout = SequenceLayout.contiguous(cu_seqlens, 1)
+        self._check_no_empty_document(layout)
+        host = [key[0] for key in self._made if key[0] in ("softmax", "window", "halo")]
+        have, want = [(x.num_documents, x.num_tokens(0)) for x in (self.layout, layout)]
+        if not self._replaceable or host or have != want:
+            raise ValueError(
+                "replace_layout needs CPContext.local(..., replaceable=True), as many documents and tokens, and no "
+                f"layer that plans on the host: replaceable={self._replaceable}, (documents, tokens) {have} and "
+                f"{want}, plans of {host or 'none'}. Make a context of its own for this layout."
+            )
+        for table in [x for x in self._made.values() if isinstance(x, SegmentTable)]:
+            table.replace([(s.start, s.stop) for s in layout.segments(0)])
+        self.layout = layout
+        for key, plan in [item for item in self._made.items() if isinstance(item[1], ChainPlan)]:
+            del self._made[key]
+            lengths = self.chain_plan(*key[1:]).lengths
+            for old in [k for k in self._made if k[:2] == (plan.lengths, torch.float64)]:
+                tensor = self._made.pop(old)
+                self._made[lengths, torch.float64, old[2]] = tensor.copy_(torch.tensor(lengths))
+        self.__dict__.pop("position_ids", None)
+
+    @staticmethod
+    def _check_no_empty_document(layout: SequenceLayout) -> None:
+        if len(layout.segments(0)) != layout.num_documents:
+            raise ValueError(
+                f"a replaceable layout must have no empty document: {layout.num_documents} documents, "
+                f"{len(layout.segments(0))} of them with tokens. Drop the empty ones."
+            )
 
     @staticmethod
     @lru_cache(maxsize=16)
@@ -119,7 +169,9 @@ class CPContext:
     def segment_table(self, device: torch.device) -> SegmentTable:
         """Chunk and tile tables of this rank's segments for the kernels."""
         bounds = [(s.start, s.stop) for s in self.segments]
-        return self.remember(("segment_table", device), lambda: SegmentTable(bounds, device))
+        return self.remember(
+            ("segment_table", device), lambda: SegmentTable(bounds, device, replaceable=self._replaceable)
+        )
 
     def chain_plan(self, causal: bool, final_states: bool) -> ChainPlan:
         """This rank's part in every document's chain of segments."""

@@ -69,6 +69,7 @@ def linear_attention(
     """
     _check_tensors(q=q, k=k, v=v, g=g, initial_state=initial_state)
     cp = CPContext.whole(q.shape[1]) if cp is None else cp
+    impl = _choose(q, v) if impl == "auto" else impl
     _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_state, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "reference":
@@ -76,8 +77,6 @@ def linear_attention(
         borders = cp.layout.cu_seqlens_global
         o, final = recurrence(*wide[:4], cu_seqlens=borders, causal=causal, scale=scale, initial_state=wide[4])
         return o.to(v.dtype), final if output_final_state else None
-    if impl == "auto":
-        impl = _choose(q, v)
     operator = _triton_operator() if impl == "triton" else chunked
     return _LinearAttention.apply(q, k, v, g, initial_state, cp, causal, scale, output_final_state, operator)
 
@@ -114,14 +113,15 @@ class _LinearAttention(torch.autograd.Function):
         maps = op.state_maps(local=alone)
         if not replaying:
             exchange.start(_with_initial(maps, plan, initial), fixed)
+        entered = _marked(plan.before, plan.begins if initial is not None else (), causal)
         if not alone:
-            op.local()
+            op.local(entered)
         entry, finals = cp.tape.read() if replaying else exchange.wait(initial)
         if cp.tape is not None and not replaying:
             cp.tape.record(entry, finals)
         if not causal:
             entry = _document_totals(entry, maps.state, plan.before, cp)
-        o = op.finish(entry, _marked(plan.before, plan.begins if initial is not None else (), causal))
+        o = op.finish(entry, entered)
 
         ctx.exchange, ctx.options, ctx.kept_gates = exchange, (causal, scale), op.kept_gates
         ctx.operator = operator
@@ -274,7 +274,7 @@ def _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_stat
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q and k must have the same head dim K: {q.shape[-1]} and {k.shape[-1]}.")
     if g is not None:
-        _check_gate(g, q, causal)
+        _check_gate(g, q, causal, impl)
     heads = num_heads(q, k, v, g)
     for name, x in (("q", q), ("k", k), ("v", v), ("g", g)):
         if x is not None and heads % num_heads(x):
@@ -305,7 +305,7 @@ def _check_triton(q: Tensor, v: Tensor) -> None:
     _triton_operator().check(q, v)
 
 
-def _check_gate(g: Tensor, q: Tensor, causal: bool) -> None:
+def _check_gate(g: Tensor, q: Tensor, causal: bool, impl: str) -> None:
     batch, length, _, key_dim = q.shape
     if not causal:
         raise ValueError("causal=False takes no g: a decay has a direction. Leave g None, or use causal=True.")
@@ -316,8 +316,9 @@ def _check_gate(g: Tensor, q: Tensor, causal: bool) -> None:
         )
     if g.device != q.device:
         raise ValueError(f"g must be on q's device {q.device}, got {g.device}. Move it first.")
-    if g.is_cuda:
-        torch._assert_async((g <= 0).all(), "g must be a log-decay <= 0")  # no host sync
+    if g.is_cuda:  # no host sync; the kernels look at g of tokens as they read it
+        if impl != "triton" or g.dim() == 1:
+            torch._assert_async((g <= 0).all(), "g must be a log-decay <= 0")
     elif (g > 0).any():
         raise ValueError(
             f"g must be a log-decay, <= 0 everywhere, got a maximum of {g.max():.4g}. Pass log(decay), as in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from unittest import mock
 
@@ -12,6 +13,7 @@ from lasp.kernels.reference import recurrence
 from lasp.kernels.segments import SegmentTable
 from lasp.kernels.state import StateMap, transition
 from lasp.kernels.triton_tiles import KERNELS, Plan, Tile
+from tests.kernels.bf16_interpreter import bf16_rounds_as_on_a_gpu
 
 
 @dataclass(frozen=True)
@@ -162,3 +164,87 @@ def saved_shapes(_group, gate: str, superchunk: int) -> list[tuple[int, ...]]:
         forward.finish(None)
     assert all(t.dtype == torch.float32 for t in forward.saved) and forward.kept_gates is None
     return [tuple(t.shape) for t in forward.saved]
+
+
+def rounding(_group, case: Case, dtype: torch.dtype, device: str = "cpu", shipped: bool = False) -> dict[str, float]:
+    """Relative L2 errors in a 16-bit dtype, against float64 on inputs that are rounded to it.
+
+    dg is a sum of terms q dq and -k dk that cancel, so its error is relative to what as many independent errors add up
+    to, if that is larger.
+    """
+    x = case.inputs()
+    rounded = {n: t.to(dtype).double() if n in ("q", "k", "v", "do") else t for n, t in x.items()}
+    with mock.patch.object(Case, "inputs", lambda _: dict(rounded)):
+        exact = actual(case, chunked, torch.float64, device)
+        with contextlib.nullcontext() if device == "cuda" else bf16_rounds_as_on_a_gpu():
+            found = actual(case, None, dtype, device, shipped)
+    sizes = {n: want.norm() for n, want in exact.items() if want is not None}
+    if "dg" in sizes:
+        first = torch.tensor(case.borders[:-1]).repeat_interleave(torch.tensor(case.borders).diff())
+        earlier = 1.0 + torch.arange(case.borders[-1]) - first  # tokens whose dg a term belongs to
+        weight = (earlier if case.gate == "fixed" else earlier.sqrt()).view(-1, 1, 1).to(device)
+        terms = [(weight * rounded[n].to(device) * exact["d" + n]).norm() for n in "qk"]
+        sizes["dg"] = max(sizes["dg"], *terms)
+    return {n: ((found[n].double() - exact[n]).norm() / size).item() for n, size in sizes.items()}
+
+
+def large_states(_group, gate: str) -> float:
+    """Relative error of o in fp16 where states and scores are larger than fp16 holds and o is not."""
+    from lasp.kernels import lightning
+
+    torch.manual_seed(0)
+    q, k, v = (torch.rand(1, 150, 2, 16).mul_(size).half() for size in (1.0, 300.0, 60.0))
+    g = {"none": None, "token": torch.full((1, 150, 2), -1e-3), "channel": torch.full((1, 150, 2, 16), -1e-3)}[gate]
+    scale, table = 1e-3, SegmentTable([(0, 150)], q.device)
+    forward = lightning.Forward(q, k, v, g, table, True, scale)
+    exits = forward.state_maps().state
+    o = forward.finish(None).double()
+    want, _ = recurrence(*(None if x is None else x.double() for x in (q, k, v, g)), scale=scale)
+    assert exits.max() > 65504 and want.max() < 65504
+    return ((o - want).norm() / want.norm()).item()
+
+
+def illegal_gates(_group, gate: str, value: float) -> tuple[int, int]:
+    """How many decays that are not <= 0 the kernels count, in all and in the third superchunk of head 1 alone."""
+    from lasp.kernels import lightning
+
+    x = Case(gate, borders=(0, 700)).inputs()
+    q, k, v, g = (x[n].float() for n in "qkvg")
+    g[:, 600, 1] = value
+    illegal = lightning.Forward(q, k, v, g, SegmentTable([(0, 700)], q.device), True, 1.0).illegal
+    return illegal.sum().item(), illegal[0, 1, 2].item()
+
+
+def replaced_layout(_group, gate: str) -> list[dict[str, float]]:
+    """Differences between a context whose layout was replaced and one made for it, for two layouts."""
+    from lasp import CPContext, linear_attention
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"fixed": (1,), "token": (1, 600, 1), "channel": (1, 600, 1, 8)}
+    g = None if gate == "none" else -torch.rand(shapes[gate], generator=generator)
+    q, k, v = (torch.randn(1, 600, 1, 8, generator=generator).requires_grad_() for _ in range(3))
+    initial = torch.randn(3, 1, 8, 8, generator=generator)
+
+    def run(cp):
+        states = {"initial_state": initial, "output_final_state": True}
+        o, final = linear_attention(q, k, v, g, cp=cp, impl="triton", **states)
+        grads = torch.autograd.grad(o.square().sum() + final.square().sum(), [q, k, v])
+        return {"o": o, "final": final, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
+
+    cp, found = CPContext.local((0, 300, 590, 600), replaceable=True), []
+    with torch.no_grad():
+        linear_attention(q, k, v, g, cp=cp, impl="triton", output_final_state=True)
+    places = {id(t): t.data_ptr() for t in _device_tables(cp)}
+    for borders in ((0, 1, 2, 600), (0, 299, 598, 600)):
+        cp.replace_layout(borders)
+        assert {id(t): t.data_ptr() for t in _device_tables(cp)} == places
+        ours, fresh = run(cp), run(CPContext.local(borders))
+        found.append({n: (ours[n] - fresh[n]).abs().max().item() for n in fresh})
+    return found
+
+
+def _device_tables(cp) -> list[torch.Tensor]:
+    """What a captured graph would read of the layout."""
+    table = cp.segment_table(torch.device("cpu"))
+    kept = [t for x in table.kept.values() for t in (x.pieces, x.segments, x.lengths)]
+    return kept + [t for key, t in cp._made.items() if key[1:2] == (torch.float64,)]

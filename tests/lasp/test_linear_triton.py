@@ -23,6 +23,17 @@ def test_the_kernels_serve_a_cut_sequence(interpreters, gate, size):
         assert count >= 14 and not failures, "\n".join(failures)
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_segments_that_states_enter_and_segments_that_begin_alternate(interpreters, gate):
+    """Twelve documents of two halves on two ranks: more runs than are computed during the exchange."""
+    halves = [(5 * i, 5 * i + 5) for i in range(24)]
+    fragments = tuple(tuple(h for i, h in enumerate(halves) if (i + i // 2) % 2 == rank) for rank in range(2))
+    for borders in (tuple(range(0, 121, 10)), (0, 10, 20, 120)):
+        case = Case(gate, borders=borders, fragments=fragments, impl="triton", initial=False)
+        for count, failures in interpreters.run(worst, [case], 1e-5, size=2):
+            assert count and not failures, "\n".join(failures)
+
+
 def test_tensors_elsewhere_are_refused():
     x = torch.zeros(1, 4, 1, 8)
     with pytest.raises(ValueError, match="impl='triton' needs tensors on a CUDA device, got q on cpu"):
