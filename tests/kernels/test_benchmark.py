@@ -1,9 +1,10 @@
 """benchmarks/kernels.py: its dry run end to end, its byte model, and what it does when time or a cell runs out."""
 
+import importlib
 import importlib.util
-import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
+FACTS = ("device", "driver", "cuda", "torch", "triton", "fla", "commit", "source")  # what a report says of its machine
 
 
 @pytest.fixture(scope="module")
@@ -25,70 +27,73 @@ def bench():
         yield module
 
 
-def run(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+@pytest.fixture
+def kernel_report(bench):
+    return importlib.import_module("kernel_report")
 
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """A small dry run: its report, its tables, what it printed."""
+    """The one run of the script itself, of few cells: its report, its tables, what it printed."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton")
     folder = tmp_path_factory.mktemp("benchmark")
-    names = "triton,torch,sdpa_flash,fla_chunk"
-    options = "--gates", "none,token", "--implementations", names, "--lengths", "64"
-    done = run("--dry", *options, "--json", folder / "report.json", "--markdown", folder / "report.md")
+    command = [sys.executable, SCRIPT, "--dry", "--gates", "token", "--heads", "1", "--lengths", "32"]
+    command += ["--implementations", "triton,torch,sdpa_flash,fla_chunk"]
+    command += ["--json", folder / "report.json", "--markdown", folder / "report.md"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # tiny tensors; threads that share cores wait for each other
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=one_thread)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "report.json", (folder / "report.md").read_text(), done.stdout
 
 
 def test_a_dry_run_has_every_cell_with_times_or_a_reason(dry):
     report = json.loads(dry[0].read_text())
-    rows = {(row["implementation"], row["gate"]): row for row in report["rows"]}
-    wanted = {*itertools.product(("triton", "torch", "fla_chunk"), ("none", "token")), ("sdpa_flash", "softmax")}
-    assert len(report["rows"]) == len(wanted) and set(rows) == wanted and report["dry"] is True
-    for (name, gate), row in rows.items():
-        assert (row["heads"], row["dim"], row["length"]) == (2, 16, 64)
+    rows = {row["implementation"]: row for row in report["rows"]}
+    assert len(report["rows"]) == 4 and report["dry"] is True
+    assert set(rows) == {"triton", "torch", "sdpa_flash", "fla_chunk"}
+    for name, row in rows.items():
+        assert (row["heads"], row["dim"], row["length"]) == (1, 16, 32)
+        assert row["gate"] == ("softmax" if name == "sdpa_flash" else "token")
         if name == "fla_chunk":
             assert row["reason"] == "no baseline: fla needs a CUDA device" and "forward_ms" not in row
             continue
         assert row["status"] == "measured" and row["reason"] is None, row
         assert all(0 < row[time] < math.inf for time in ("forward_ms", "forward_backward_ms", "host_ms"))
-        assert set(row["errors"]) == {"o", "dq", "dk", "dv"} | ({"dg"} if gate == "token" else set())
+        assert set(row["errors"]) == {"o", "dq", "dk", "dv"} | ({"dg"} if row["gate"] == "token" else set())
         assert all(0 < error < 1e-5 for error in row["errors"].values()), row
-    passes = {"state", "scan", "o", "dstate", "dscan", "dq", "dkdv"}
-    assert set(rows["triton", "none"]["passes"]) == passes
-    assert set(rows["triton", "token"]["passes"]) == passes | {"gates", "dgates", "dg"}
+    passes = {"gates", "state", "scan", "o", "dgates", "dstate", "dscan", "dq", "dkdv", "dg"}
+    assert set(rows["triton"]["passes"]) == passes
 
 
-def test_a_dry_run_says_that_its_times_mean_nothing_and_makes_tables(dry):
+def test_a_dry_run_says_that_its_times_mean_nothing_and_makes_tables(bench, dry, capsys):
     path, tables, printed = dry
     assert "times mean nothing" in tables and "times mean nothing" in printed.splitlines()[0]
     lines = tables.splitlines()
-    assert sum(line.startswith("| 2 | 16 | token | 64 | triton |") for line in lines) == 1
-    assert sum(line.startswith("| 2 | 16 | softmax | 64 | sdpa_flash |") for line in lines) == 1
-    reason = "- no baseline: fla needs a CUDA device: "
-    assert f"{reason}fla_chunk none H=2 D=16 T=64; fla_chunk token H=2 D=16 T=64" in lines
-    shown = run("--show", path)
-    assert shown.returncode == 0 and shown.stdout == tables
+    assert sum(line.startswith("| 1 | 16 | token | 32 | triton |") for line in lines) == 1
+    assert sum(line.startswith("| 1 | 16 | softmax | 32 | sdpa_flash |") for line in lines) == 1
+    assert "- no baseline: fla needs a CUDA device: fla_chunk token H=1 D=16 T=32" in lines
+    bench.main(["--show", str(path)])
+    assert capsys.readouterr().out == tables
 
 
-def test_a_resumed_run_keeps_its_rows_and_refuses_those_of_other_code(dry, tmp_path):
-    before = json.loads(dry[0].read_text())
-    copy = tmp_path / "report.json"
+def test_a_resumed_run_keeps_its_rows_and_refuses_those_of_other_code(bench, dry, tmp_path, monkeypatch):
+    before, copy = json.loads(dry[0].read_text()), tmp_path / "report.json"
     copy.write_text(json.dumps(before))
-    options = "--dry", "--resume", "--json", copy, "--gates", "none,fixed", "--implementations", "triton"
-    options = *options, "--lengths", "64", "--budget-seconds", "0"
-    assert run(*options).returncode == 0
+    for name in ("TRITON_INTERPRET", "FLA_CACHE_RESULTS"):
+        monkeypatch.setenv(name, "0")  # a dry run sets them for its process
+    monkeypatch.setattr(bench, "machine", lambda device: {name: before[name] for name in FACTS})
+    options = ["--dry", "--resume", "--json", str(copy), "--gates", "token,fixed", "--implementations", "triton"]
+    options += ["--heads", "1", "--lengths", "32", "--budget-seconds", "0"]
+    bench.main(options)
     after = json.loads(copy.read_text())["rows"]
     assert all(row in after for row in before["rows"])
     (new,) = (row for row in after if row not in before["rows"])
     assert (new["gate"], new["status"]) == ("fixed", "not reached")
 
     copy.write_text(json.dumps(before | {"source": "other"}))
-    refused = run(*options)
-    assert refused.returncode != 0 and "source other is not" in refused.stderr
+    with pytest.raises(SystemExit, match=f"source other is not {before['source']}"):
+        bench.main(options)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +138,7 @@ def test_a_fixed_decay_costs_its_own_few_bytes(bench):
     assert fixed - none == 5 * 4 * 16
 
 
-def test_the_most_telling_cells_come_first_and_none_twice(bench):
+def test_the_most_telling_cells_come_first_and_none_twice(bench, kernel_report):
     known = bench.implementations()
     cells = bench.order(known, bench.GATES, bench.HEADS, bench.DIMS, bench.LENGTHS)
     assert len(cells) == len(set(cells)) == (6 * 4 + 1) * 2 * 3 * 5
@@ -141,9 +146,9 @@ def test_the_most_telling_cells_come_first_and_none_twice(bench):
     for i, length in enumerate((1 << 14, 1 << 16, 1 << 20)):
         part = cells[i * main : (i + 1) * main]
         assert {(c.heads, c.dim, c.length) for c in part} == {(16, 128, length)}
-        assert {c.implementation for c in part} == set(bench.MAIN)
+        assert {c.implementation for c in part} == set(kernel_report.MAIN)
     assert cells[0] == bench.Cell("triton", "none", 16, 128, 1 << 14)
-    assert {c.implementation for c in cells[3 * main : 3 * main + 12]} == set(known) - set(bench.MAIN)
+    assert {c.implementation for c in cells[3 * main : 3 * main + 12]} == set(known) - set(kernel_report.MAIN)
 
 
 def test_the_budget_stops_the_run_between_cells(bench):
@@ -172,6 +177,13 @@ def _scaled_grad(x, factor):
 
 
 class TestACell:
+    @pytest.fixture(autouse=True)
+    def one_thread(self):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
     def measure(self, bench, run, *, max_seconds=1e3, guest=False, length=64):
         from kernel_baselines import Lasp
 
@@ -210,6 +222,8 @@ class TestACell:
         row = self.measure(bench, late, length=192)
         assert row["status"] == "failed" and row["reason"].startswith(f"at 192 tokens {wrong} is wrong")
         assert max(row["errors"].values()) < 1e-5 and "forward_ms" not in row
+
+    def test_that_is_right_has_its_errors_at_its_own_length(self, bench):
         row = self.measure(bench, lambda right, gate, *x: right(gate, *x), length=192)
         assert row["status"] == "measured" and set(row["errors_at_length"]) == {"o", "dk", "dv"}
         assert max(row["errors_at_length"].values()) < 1e-5
@@ -245,7 +259,7 @@ class TestACell:
 
 def test_predictions_stand_under_the_passes_that_they_are_about(bench):
     passes = {name: {"ms": 1.0} for name in ("state", "scan", "o", "dstate", "dscan", "dq", "dkdv")}
-    facts = dict.fromkeys(("device", "driver", "cuda", "torch", "triton", "fla", "commit", "source", "dtype"), "x")
+    facts = dict.fromkeys((*FACTS, "dtype"), "x")
     cells = [bench.Cell("triton", gate, 16, 128, t) for gate in ("fixed", "token") for t in (1 << 16, 1 << 20)]
     rows = [bench.asdict(cell) | {"status": "measured", "reason": None, "passes": passes} for cell in cells]
     report = facts | {"copy": 4e12, "dry": False, "predicted": {"source": "roofline model"}, "rows": rows}
