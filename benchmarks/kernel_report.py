@@ -114,7 +114,8 @@ def machine(device: torch.device) -> dict:
             versions[name] = importlib.import_module(name).__version__
         except Exception as fault:
             versions[name] = f"none: {describe(fault)}"
-    files = [path for pattern in ("kernels/*.py", "lasp/*.py", "benchmarks/kernel*.py") for path in ROOT.glob(pattern)]
+    sources = "kernels/*.py", "kernels/tiles.json", "lasp/*.py", "benchmarks/kernel*.py"
+    files = [path for pattern in sources for path in ROOT.glob(pattern)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files)))
     return {
         "device": torch.cuda.get_device_name(device) if gpu else platform.processor() or platform.machine(),

@@ -16,6 +16,12 @@ Forward, and forward + backward, of causal linear attention on one GPU in bf16: 
 Every cell is in the report from the start, with a reason where it has no time. The report is written after each cell;
 ``--resume`` goes on with the cells that were not reached. ``--dry`` runs everything on a CPU, with tiny sizes, in fp32,
 in Triton's interpreter: its times mean nothing.
+
+On a machine with PyTorch and Triton but no network, from the root of a copy that has in build/wheels what another
+machine got by ``python -m pip download --no-deps --dest build/wheels fla-core einops setuptools``, one command::
+
+    python -m pip install -q --no-index --find-links build/wheels --no-deps -U --target build/site . fla-core einops &&
+    PYTHONPATH=build/site python benchmarks/kernels.py --json benchmarks/results/kernels_h200.json
 """
 
 from __future__ import annotations
