@@ -203,6 +203,31 @@ def line(row: dict) -> str:
     return text + row["fault"]
 
 
+def table(rows: list[dict]) -> str:
+    """The rows in Markdown, by architecture, D and kernel: registers / spilled bytes / KiB of shared memory.
+
+    Each figure is the largest over the tiles and sweeps of a kernel; ``*`` marks where tensor cores take part.
+    """
+    products = ("local_states", "o", "dq", "dkdv")
+    cells: dict[tuple, list[dict]] = {}
+    for row in rows:
+        name = row["kernel"].split()[0]
+        cells.setdefault((row["arch"], row["dim"], name if name in products else "others", row["case"]), []).append(row)
+    lines = [f"| architecture | D | kernel | {' | '.join(CASES)} |", "|---" * (3 + len(CASES)) + "|"]
+    for arch, dim in sorted({key[:2] for key in cells}):
+        for name in (*products, "others"):
+            line = f"| sm_{arch} | {dim} | {name} |"
+            for case in CASES:
+                found = cells.get((arch, dim, name, case), [])
+                largest = (
+                    [max(row[part] for row in found) for part in ("registers", "spill", "shared")] if found else []
+                )
+                text = f"{largest[0]} / {largest[1]} / {-(-largest[2] // 1024)}" if found else "-"
+                line += f" {text}{'*' * any(row['tensor_cores'] != '-' for row in found)} |"
+            lines.append(line)
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
@@ -211,7 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
     parser.add_argument("--kernels", default="", help="comma-separated names as printed; default: all")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--table", type=Path, help="print the rows of such a file in Markdown, and compile nothing")
     options = parser.parse_args(argv)
+    if options.table:
+        print(table(json.loads(options.table.read_text())["rows"]))
+        return 0
     archs, cases = [int(x) for x in options.arch.split(",")], options.cases.split(",")
     if not set(archs) <= set(ARCHITECTURES) or not set(cases) <= set(CASES):
         parser.error(f"--arch takes {ARCHITECTURES}, --cases {CASES}; got {options.arch} and {options.cases}")
@@ -229,7 +258,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         report = {"triton": triton.__version__, "dtype": "bfloat16", "heads": HEADS, "lengths": LENGTHS, "rows": rows}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        text = json.dumps(report | {"rows": []}).removesuffix("]}")  # a line for each row
+        options.json.write_text(text + "\n" + ",\n".join(map(json.dumps, rows)) + "\n]}\n")
     bad = sum(bool(row["fault"]) for row in rows)
     print(f"{bad} of {len(rows)} kernels do not fit" if bad else f"all {len(rows)} kernels within budget")
     return 1 if bad else 0

@@ -4,9 +4,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
@@ -72,3 +74,11 @@ def test_unknown_selections_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as refused:
         aot.main(arguments)
     assert refused.value.code == 2 and "--arch takes (80, 90, 100), --cases ('none'" in capsys.readouterr().err
+
+
+def test_the_table_in_the_docs_is_that_of_the_recorded_run():
+    from lasp.kernels.aot import table
+
+    report = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
+    assert not any(row["fault"] for row in report["rows"])
+    assert table(report["rows"]) in (ROOT / "docs/kernels.md").read_text()
