@@ -7,8 +7,7 @@ no linear-attention message. Softmax layers and convolutions do fetch their keys
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -17,41 +16,65 @@ from lasp.context import CPContext
 
 
 class ExchangeTape:
-    """The entry states of the linear layers of one checkpointed call, in the order of the calls."""
+    """What the exchanges of one checkpointed call brought, in the order of the calls.
 
-    def __init__(self) -> None:
+    Args:
+        outer: the tape of the checkpointed call around this one. What is recorded here it keeps as well; while it is
+            replayed itself, this call, made again, records from it instead of exchanging.
+    """
+
+    def __init__(self, outer: ExchangeTape | None = None) -> None:
         self._entries: list[tuple[Tensor | None, Tensor | None]] = []
         self._next: int | None = None  # None while recording
-
-    @contextlib.contextmanager
-    def attached(self, cp: CPContext, *, replay: bool) -> Iterator[None]:
-        """While open, exchanges under ``cp`` are recorded here, or replayed from the first one on."""
-        before, cp.tape = cp.tape, self
-        self._next = 0 if replay else None
-        try:
-            yield
-        finally:
-            cp.tape = before
+        self._outer = outer
 
     @property
     def replaying(self) -> bool:
         """Whether the next exchange is to be read from here."""
-        return self._next is not None
+        return self._next is not None or (self._outer is not None and self._outer.replaying)
 
     def record(self, entry: Tensor | None, finals: Tensor | None) -> None:
         """Keep what an exchange brought."""
-        self._entries.append((entry, finals))
+        self._entries.append((entry, None if finals is None else finals.clone()))  # the caller may change final states
+        if self._outer is not None:
+            self._outer.record(entry, finals)
 
     def read(self) -> tuple[Tensor | None, Tensor | None]:
         """What the same exchange brought in the first run."""
-        self._next += 1
-        return self._entries[self._next - 1]
+        if self._next is None:
+            entry, finals = self._outer.read()
+            self._entries.append((entry, finals))
+        else:
+            entry, finals = self._entries[self._next]
+            self._next += 1
+        return entry, None if finals is None else finals.clone()
+
+
+class _Attached:
+    """While entered, exchanges under ``cp`` are recorded on ``tape``, or replayed from its first one on.
+
+    Entered once per run of the checkpointed call: with a retained graph its forward runs again in every backward.
+    """
+
+    def __init__(self, tape: ExchangeTape, cp: CPContext, *, replay: bool):
+        self._tape, self._cp, self._replay = tape, cp, replay
+        self._before: list[tuple[ExchangeTape | None, int | None]] = []
+
+    def __enter__(self) -> None:
+        self._before.append((self._cp.tape, self._tape._next))
+        self._cp.tape, self._tape._next = self._tape, 0 if self._replay else None
+
+    def __exit__(self, *_: object) -> None:
+        self._cp.tape, self._tape._next = self._before.pop()
 
 
 def recompute(fn: Callable, *args, cp: CPContext | None):
-    """``fn(*args)`` without keeping its activations; the backward runs it again, its linear exchanges excepted."""
+    """``fn(*args)`` without keeping its activations; the backward runs it again, its linear exchanges excepted.
+
+    Calls may be nested, and a retained graph may be run backward more than once.
+    """
     if cp is None:
         return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
-    tape = ExchangeTape()
-    contexts = lambda: (tape.attached(cp, replay=False), tape.attached(cp, replay=True))  # noqa: E731
+    tape = ExchangeTape(outer=cp.tape)
+    contexts = lambda: (_Attached(tape, cp, replay=False), _Attached(tape, cp, replay=True))  # noqa: E731
     return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
