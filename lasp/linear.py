@@ -205,8 +205,11 @@ def _by_document(state: Tensor, cp: CPContext, dtype: torch.dtype) -> Tensor:
 
 
 def _public_state(state: Tensor, cp: CPContext) -> Tensor:
-    """[N, B, H, K, V] as the public [B, H, K, V] or [N, H, K, V]."""
-    return state.squeeze(1 if cp.layout.num_documents > 1 else 0)
+    """[N, B, H, K, V] as the public [B, H, K, V] or [N, H, K, V].
+
+    Detached, since autograd refuses to let a caller change in place what a function returns as a view. No copy.
+    """
+    return state.squeeze(1 if cp.layout.num_documents > 1 else 0).detach()
 
 
 def _choose(q: Tensor, v: Tensor) -> str:

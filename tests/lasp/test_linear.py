@@ -158,6 +158,15 @@ def test_an_input_changed_in_place_before_backward_is_caught():
         o.sum().backward()
 
 
+def test_a_caller_may_change_the_final_state_in_place():
+    q, initial = torch.randn(1, 8, 2, 4, requires_grad=True), torch.randn(1, 2, 4, 4, requires_grad=True)
+    grads = []
+    for change in (lambda x: x * 2, lambda x: x.mul_(2)):
+        o, state = linear_attention(q, q, q, initial_state=initial, output_final_state=True)
+        grads.append(torch.autograd.grad(o.sum() + change(state).sum(), (q, initial)))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_auto_says_once_what_it_chose(caplog):
     _announce.cache_clear()
     q = torch.zeros(1, 4, 1, 2)
