@@ -62,11 +62,12 @@ class ChainPlan:
             exits = [_edge_segments(segments, last=True) for segments in ranks]
             if final_states:  # documents that end inside a fragment
                 for segments, sent in zip(ranks, exits, strict=True):
-                    sent += [i for i, s in enumerate(segments) if s.ends_document and i not in set(sent)]
+                    edges = set(sent)
+                    sent += [i for i, s in enumerate(segments) if s.ends_document and i not in edges]
             entries = [_edge_segments(segments, last=False) for segments in ranks]
         else:  # every part of a document that lies on several fragments
-            whole = [[i for i, s in enumerate(segments) if s.begins_document and s.ends_document] for segments in ranks]
-            exits = [[i for i in range(len(s)) if i not in set(w)] for s, w in zip(ranks, whole, strict=True)]
+            shared = lambda s: not (s.begins_document and s.ends_document)  # noqa: E731
+            exits = [[i for i, s in enumerate(segments) if shared(s)] for segments in ranks]
             entries = exits
         least = layout.max_fragments
         forward, backward = _slots(exits, least), _slots(entries, least)
