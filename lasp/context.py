@@ -32,7 +32,8 @@ class CPContext:
             has no use for them, so anything but None is refused.
 
     Raises:
-        ValueError: the group's size is not the layout's cp_size; an unknown exchange; an option without effect.
+        ValueError: no layout; a group whose size is not the layout's cp_size; an unknown exchange; an option without
+            effect.
     """
 
     def __init__(
@@ -45,6 +46,11 @@ class CPContext:
         fabric: object | None = None,
         wire_dtype: torch.dtype | None = None,
     ):
+        if not isinstance(layout, SequenceLayout):
+            raise ValueError(
+                f"layout must be a SequenceLayout, got {layout!r:.80}. Make one: "
+                "SequenceLayout.contiguous(cu_seqlens_or_length, cp_size)."
+            )
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {tuple(EXCHANGES)}, got {exchange!r}.")
         for name, value in (("nodes", nodes), ("fabric", fabric), ("wire_dtype", wire_dtype)):

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp import comm
+from lasp.checks import check_not_empty, check_tensors, context_of
 from lasp.context import CPContext
 from lasp.kernels.state import state_dtype
 from lasp.layout import SequenceLayout
@@ -57,7 +58,7 @@ def short_convolution(
         ValueError: shapes, dtypes or devices do not fit each other or the context; unknown activation.
     """
     _check_convolution(x, weight, bias, activation)
-    cp = CPContext.whole(x.shape[1]) if cp is None else cp
+    cp = context_of(cp, x.shape[1])
     cp.check_tokens("x", x)
     return _ShortConvolution.apply(x, weight, bias, activation, cp)
 
@@ -292,10 +293,12 @@ def _cat_rows(x: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
 def _check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}.")
+    check_tensors(optional=("bias",), x=x, weight=weight, bias=bias)
     if x.dim() != 3:
         raise ValueError(
             f"x must have shape [B, T_local, D], got {tuple(x.shape)}. Flatten heads into D before the convolution."
         )
+    check_not_empty(x=x)
     if weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
         raise ValueError(
             f"weight must have shape [D, W] with D = {x.shape[2]} channels as in x {tuple(x.shape)} and W >= 1 taps, "
@@ -305,12 +308,8 @@ def _check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, activatio
         raise ValueError(
             f"bias must have shape [D] with D = {x.shape[2]} as in x {tuple(x.shape)}, got {tuple(bias.shape)}."
         )
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{name} must have a floating-point dtype, got {tensor.dtype}. Cast it first.")
-        if tensor.device != x.device:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
             raise ValueError(
                 f"{name} must be on the device of x, {x.device}, got {tensor.device}. Move it with .to(x.device)."
             )

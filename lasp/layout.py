@@ -110,10 +110,10 @@ class SequenceLayout:
         Raises:
             ValueError: ``x`` does not have ``total_tokens`` entries along ``dim``; ``cp_rank`` is out of range.
         """
-        if not -x.dim() <= dim < x.dim() or x.shape[dim] != self.total_tokens:
+        if _length(x, dim) != self.total_tokens:
             raise ValueError(
-                f"x must hold all {self.total_tokens} tokens of the layout along dim {dim}, got shape "
-                f"{tuple(x.shape)}. Shard the full sequence once, or build the layout for this length."
+                f"x must hold all {self.total_tokens} tokens of the layout along dim {dim}, got {_shape(x)}. "
+                "Shard the full sequence once, or build the layout for this length."
             )
         owned = self.fragments[self._rank(cp_rank)]
         return torch.cat([x.narrow(dim, start, stop - start) for start, stop in owned], dim)
@@ -124,14 +124,17 @@ class SequenceLayout:
         Raises:
             ValueError: not one part per rank, or a part whose length is not its rank's token count.
         """
-        if len(parts) != self.cp_size:
-            raise ValueError(f"parts must hold one tensor per rank: {self.cp_size} ranks, got {len(parts)} parts.")
+        if not hasattr(parts, "__len__") or len(parts) != self.cp_size:
+            got = f"{len(parts)} parts" if hasattr(parts, "__len__") else type(parts).__name__
+            raise ValueError(
+                f"parts must hold one tensor per rank: {self.cp_size} ranks, got {got}. Gather them into a list."
+            )
         pieces = []
         for rank, part in enumerate(parts):
-            if part.shape[dim] != self.num_tokens(rank):
+            if _length(part, dim) != self.num_tokens(rank):
                 raise ValueError(
                     f"parts[{rank}] must hold the {self.num_tokens(rank)} tokens of rank {rank} along dim {dim}, "
-                    f"got {part.shape[dim]}. Pass the local tensors in rank order."
+                    f"got {_shape(part)}. Pass the local tensors in rank order."
                 )
             lengths = [stop - start for start, stop in self.fragments[rank]]
             starts = [start for start, _ in self.fragments[rank]]
@@ -227,6 +230,16 @@ class SequenceLayout:
 
     def __repr__(self) -> str:
         return f"SequenceLayout(cu_seqlens_global={self.cu_seqlens_global}, fragments={self.fragments})"
+
+
+def _length(x: object, dim: int) -> int | None:
+    """Entries of a tensor along ``dim``; None for what has no such dim."""
+    known = isinstance(x, Tensor) and isinstance(dim, int) and -x.dim() <= dim < x.dim()
+    return x.shape[dim] if known else None
+
+
+def _shape(x: object) -> str:
+    return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _borders(cu_seqlens: int | Sequence[int] | Tensor) -> tuple[int, ...]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import math
 import os
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp.chains import ChainPlan
+from lasp.checks import check_not_empty, check_scale, check_tensors, context_of
 from lasp.context import CPContext
 from lasp.exchange import EXCHANGES
 from lasp.kernels import chunked
@@ -67,8 +67,8 @@ def linear_attention(
     Raises:
         ValueError: shapes, dtypes, devices or options that do not fit; ``g > 0`` (on CUDA: an asynchronous assert).
     """
-    _check_tensors(q=q, k=k, v=v, g=g, initial_state=initial_state)
-    cp = CPContext.whole(q.shape[1]) if cp is None else cp
+    _check_tensors(q, k, v, g, initial_state)
+    cp = context_of(cp, q.shape[1])
     impl = _choose(q, v) if impl == "auto" else impl
     _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_state, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -239,28 +239,18 @@ def _announce(impl: str, device: str, why: str) -> None:
     logging.getLogger("lasp").info(message, impl, device, f": {why}" if why else "")
 
 
-def _check_tensors(**arguments: Tensor | None) -> None:
-    """Refuse what is no tensor, has no floating dtype, or has an empty dimension."""
-    for name, x in arguments.items():
-        if x is None and name in ("g", "initial_state"):
-            continue
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"{name} must be a tensor of a floating dtype, got {got}. Convert it with torch.as_tensor."
-            )
-        if name in "qkv" and x.dim() != 4:
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None) -> None:
+    """Refuse what is no tensor of the right kind, or is empty."""
+    check_tensors(optional=("g", "initial_state"), q=q, k=k, v=v, g=g, initial_state=initial_state)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
             raise ValueError(f"{name} must be [B, T, H, D], got shape {tuple(x.shape)}. Add or merge dims.")
-        if 0 in x.shape and name != "initial_state":
-            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(x.shape)}. Leave the call out.")
+    check_not_empty(q=q, k=k, v=v, **({} if g is None else {"g": g}))
 
 
 def _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_state, impl) -> None:
     """Refuse what cannot be computed, before anything is sent."""
-    if not isinstance(cp, CPContext):
-        raise ValueError(f"cp must be a CPContext or None, got {type(cp).__name__}. Wrap a layout: CPContext(layout).")
-    if scale is not None and (not isinstance(scale, (int, float)) or not math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number or None, got {scale!r}. Leave it None for K ** -0.5.")
+    check_scale(scale, "K ** -0.5")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
     if beta is not None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp import comm
+from lasp.checks import check_not_empty, check_scale, check_tensors, context_of
 from lasp.context import CPContext
 from lasp.halo import HaloExchange, HaloReturn, halo_plan
 from lasp.kernels.softmax import Piece, softmax_backward, softmax_forward
@@ -68,7 +69,7 @@ def softmax_attention(
             without ``causal``; an unknown exchange.
     """
     _check(q, k, v, causal, window, scale, exchange)
-    cp = CPContext.whole(q.shape[1]) if cp is None else cp
+    cp = context_of(cp, q.shape[1])
     cp.check_tokens("q", q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if window is not None:
@@ -275,15 +276,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, sc
             raise ValueError(f"window must be an int of at least 1 (the token itself) or None, got {window!r}.")
         if not causal:
             raise ValueError(f"window={window} needs causal=True: it keeps the newest keys. Leave window None.")
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be a finite number above 0 or None for D ** -0.5, got {scale!r}.")
+    check_scale(scale, "D ** -0.5", positive=True)
+    check_tensors(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or min(x.shape[2:]) < 1:
             raise ValueError(
                 f"{name} must have shape [B, T_local, heads, head dim], without empty heads, got {tuple(x.shape)}. "
                 "Split the projection with unflatten(-1, (heads, -1))."
             )
-        if x.dtype != q.dtype or not x.dtype.is_floating_point:
+        if x.dtype != q.dtype:
             raise ValueError(
                 f"q, k and v must have one floating-point dtype: q has {q.dtype}, {name} has {x.dtype}. "
                 "Cast them to the dtype that the attention shall use."
@@ -295,6 +296,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, sc
                 f"{name} must have q's batch size and tokens, {tuple(q.shape[:2])}, got {tuple(x.shape[:2])}. "
                 "Pass the same rank's shard of all three."
             )
+    check_not_empty(q=q, k=k, v=v)
     if k.shape[3] != q.shape[3]:
         raise ValueError(f"k must have q's head dim: q has D = {q.shape[3]}, k has {k.shape[3]}.")
     if k.shape[2] != v.shape[2]:

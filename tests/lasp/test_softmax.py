@@ -252,6 +252,13 @@ def test_sixteen_bit_errors_are_those_of_one_device(ranks):
         ({"v": torch.zeros(1, 6, 2, 8).double()}, "one floating-point dtype: q has torch.float32, v has torch.float64"),
         ({"k": torch.zeros(1, 6, 2, 8, device="meta")}, "k must be on the device of q, cpu, got meta"),
         ({"cp": CPContext.local(7)}, "q must hold the 7 tokens of cp rank 0"),
+        ({"cp": SequenceLayout.contiguous(6, 1)}, "cp must be a CPContext or None, got SequenceLayout. Wrap a layout"),
+        ({"cp": 4}, "cp must be a CPContext or None, got int"),
+        ({"q": None}, "q must be a tensor of a floating dtype, got NoneType"),
+        ({"v": [1.0]}, "v must be a tensor of a floating dtype, got list. Pass float64"),
+        ({"k": torch.zeros(1, 6, 2, 8).long()}, "k must be a tensor of a floating dtype, got torch.int64"),
+        ({"scale": "x"}, "scale must be a finite number above 0 or None, got 'x'. Leave it None for D"),
+        (dict.fromkeys("qkv", torch.zeros(1, 0, 2, 8)), r"q must have no empty dimension, got shape \(1, 0, 2, 8\)"),
     ],
 )
 def test_faulty_arguments_are_named(change, message):

@@ -1,0 +1,56 @@
+"""What every operator refuses of its arguments, before anything is sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from lasp.context import CPContext
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensors(*, optional: Container[str] = (), **arguments: Tensor | None) -> None:
+    """Refuse what is no tensor of one of :data:`DTYPES`; those named in ``optional`` may be None."""
+    for name, x in arguments.items():
+        if x is None and name in optional:
+            continue
+        if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+            got = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"{name} must be a tensor of a floating dtype, got {got}. Pass float64, float32, bfloat16 or float16."
+            )
+
+
+def check_not_empty(**arguments: Tensor) -> None:
+    """Refuse a tensor without elements."""
+    for name, x in arguments.items():
+        if 0 in x.shape:
+            raise ValueError(f"{name} must have no empty dimension, got shape {tuple(x.shape)}. Leave the call out.")
+
+
+def check_scale(scale: float | None, default: str, *, positive: bool = False) -> None:
+    """Refuse a factor of the scores that is no finite number, or with ``positive`` one that is not above 0."""
+    if scale is None:
+        return
+    number = isinstance(scale, Real) and not isinstance(scale, bool) and math.isfinite(scale)
+    if not number or (positive and scale <= 0):
+        rule = "a finite number above 0" if positive else "a finite number"
+        raise ValueError(f"scale must be {rule} or None, got {scale!r}. Leave it None for {default}.")
+
+
+def context_of(cp: CPContext | None, length: int) -> CPContext:
+    """``cp``; for None one device with one document of ``length`` tokens per row.
+
+    Raises:
+        ValueError: ``cp`` is something else.
+    """
+    if cp is None:
+        return CPContext.whole(length)
+    if not isinstance(cp, CPContext):
+        raise ValueError(f"cp must be a CPContext or None, got {type(cp).__name__}. Wrap a layout: CPContext(layout).")
+    return cp
