@@ -17,6 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class CommError(RuntimeError):
+    """Other ranks cannot be met or waited for. The message is the whole story: who, where, for how long."""
+
+
 @dataclass
 class Ledger:
     """What this rank handed to collectives while a :func:`record` block was open.
@@ -57,12 +61,12 @@ class Pending:
         """The result, complete on the current stream.
 
         Raises:
-            RuntimeError: the collective failed or timed out; the message names the ranks that are missing.
+            CommError: the collective failed or timed out; the message names the ranks that are missing.
         """
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise RuntimeError(_describe_failure(self._place, self._group, self._started, error)) from error
+            raise CommError(_describe_failure(self._place, self._group, self._started, error)) from error
         self._x = None
         return self._out
 
@@ -104,8 +108,31 @@ def _issue(name: str, x: Tensor, group: dist.ProcessGroup | None, out: Tensor, s
     try:
         work = start()
     except RuntimeError as error:
-        raise RuntimeError(_describe_failure(_place(name, group), group, time.monotonic(), error)) from error
+        raise CommError(_describe_failure(_place(name, group), group, time.monotonic(), error)) from error
     return Pending(_place(name, group), work, x, out, group)
+
+
+@contextlib.contextmanager
+def explained(name: str, group: dist.ProcessGroup | None, *, timed: bool = True) -> Iterator[None]:
+    """A collective that is not issued here and fails in the block says who is missing, as those of this file do.
+
+    Args:
+        name: what the block waits for.
+        group: on which group.
+        timed: whether the block does nothing else, so that its time is that of the wait.
+
+    Raises:
+        CommError: a collective failed or timed out.
+    """
+    started = time.monotonic() if timed else None
+    try:
+        yield
+    except CommError:
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no error type of its own
+            raise
+        raise CommError(_describe_failure(_place(name, group), group, started, error)) from error
 
 
 def _place(name: str, group: dist.ProcessGroup | None) -> str:
@@ -118,12 +145,12 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def _describe_failure(
-    place: str, group: dist.ProcessGroup | None, started: float, error: RuntimeError, grace_s: float = 3.0
+    place: str, group: dist.ProcessGroup | None, started: float | None, error: RuntimeError, grace_s: float = 3.0
 ) -> str:
     """Who is missing: each rank whose wait failed leaves its place in the job's store."""
-    waited = time.monotonic() - started
+    waited = "" if started is None else f" after {time.monotonic() - started:.1f} s"
     ranks, me = dist.get_process_group_ranks(_group(group)), dist.get_rank()
-    message = f"{place} failed on rank {me} (group of ranks {ranks}) after {waited:.1f} s."
+    message = f"{place} failed on rank {me} (group of ranks {ranks}){waited}."
     try:
         places = _meet(place, f"lasp/waiting/{_group(group).group_name}", ranks, time.monotonic() + grace_s)
     except RuntimeError:
@@ -133,10 +160,13 @@ def _describe_failure(
     if elsewhere:
         message += f" Others wait in another one: {', '.join(elsewhere)}; those with the lower number are behind."
     if not missing:
-        message += "" if elsewhere else " All ranks of the group entered it."
-        return f"{message} Look at each rank's error below."
+        reason = str(error).partition("\n")[0]
+        return message if elsewhere else f"{message} All ranks of the group entered it. The error was: {reason}"
     if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-        return f"{message} Rank(s) {missing} never entered it or died: look at their first error."
+        return (
+            f"{message} Rank(s) {missing} never entered it or died: look at their first error, or raise the group's "
+            "timeout (timeout_s) if they are slow."
+        )
     return (
         f"{message} A connection was lost. Rank(s) {missing} have not reported: one of them died, others may wait for "
         "it still. Look at the first error of those."

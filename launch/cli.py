@@ -150,12 +150,13 @@ def main() -> None:
 
 def _fail(error: Exception, debug: bool) -> None:
     """One message for what a user can mend; a traceback for what is our fault."""
+    from lasp.comm import CommError
     from lasp.launch.local import RankFailure
     from lasp.parallel.files import explained
 
     if debug and isinstance(error, RankFailure):
         click.echo(error.details, err=True)
-    elif debug or not isinstance(error, (ValueError, FloatingPointError, OSError, RankFailure)):
+    elif debug or not isinstance(error, (ValueError, FloatingPointError, OSError, RankFailure, CommError)):
         raise error
     click.secho(f"error: {explained(error)}", fg="red", err=True)
     sys.exit(_FAILURE)

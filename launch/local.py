@@ -24,6 +24,7 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from lasp.comm import CommError
 from lasp.launch.rendezvous import Job
 from lasp.launch.schema import RunConfig
 from lasp.parallel.files import explained
@@ -32,7 +33,7 @@ TRAIN = "lasp.launch.train:train"
 _TASK, _ERROR = "lasp/task", "lasp/error/{rank}"  # keys of the store
 _STORE_TIMEOUT = timedelta(seconds=60)
 _GRACE_S = 6.0  # for the other ranks to end by themselves after one has failed
-_EXPECTED = (ValueError, FloatingPointError, OSError)  # errors whose message is the whole story
+_EXPECTED = (ValueError, FloatingPointError, OSError, CommError)  # errors whose message is the whole story
 
 
 class RankFailure(RuntimeError):

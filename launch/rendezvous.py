@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from lasp import comm
 
 
 @dataclass(frozen=True)
@@ -58,23 +62,59 @@ class Job:
             raise ValueError(
                 "RANK and WORLD_SIZE are set but MASTER_PORT is not. Start with torchrun, or unset both to run alone."
             )
+        port = number("MASTER_PORT", 0)
+        if port > 65535:
+            raise ValueError(f"MASTER_PORT must be below 65536, got {port}. Choose a port that is free.")
         return cls(
             rank=rank,
             world_size=world_size,
             local_rank=number("LOCAL_RANK", rank),
             local_world_size=number("LOCAL_WORLD_SIZE", world_size),
             address=environment.get("MASTER_ADDR", "127.0.0.1"),
-            port=number("MASTER_PORT", 0),
+            port=port,
             agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=number("TORCHELASTIC_RESTART_COUNT", 0),
         )
 
     def store(self, timeout: timedelta) -> dist.TCPStore | None:
-        """Keys and values that all ranks see; the launcher's outlives a restart. None for a process that runs alone."""
+        """Keys and values that all ranks see; the launcher's outlives a restart. None for a process that runs alone.
+
+        Raises:
+            CommError: its address cannot be used, or nobody serves it within ``timeout``.
+        """
         if self.world_size == 1 and not self.agent_store:
             return None
         is_host = self.rank == 0 and not self.agent_store
-        return dist.TCPStore(self.address, self.port, self.world_size, is_host, timeout=timeout, wait_for_workers=False)
+        if not is_host:
+            self._await_store(timeout)
+        try:
+            return dist.TCPStore(
+                self.address, self.port, self.world_size, is_host, timeout=timeout, wait_for_workers=False
+            )
+        except dist.DistError as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise comm.CommError(
+                f"rank {self.rank} of {self.world_size} cannot {'open' if is_host else 'use'} the job's store at "
+                f"{self.address}:{self.port}: {reason}. Choose another MASTER_PORT, on every rank."
+            ) from error
+
+    def _await_store(self, timeout: timedelta) -> None:
+        """Return when somebody listens at the store's address. A store's own client logs a page when nobody does."""
+        deadline = time.monotonic() + timeout.total_seconds()
+        while True:
+            try:
+                left = max(0.1, deadline - time.monotonic())
+                return socket.create_connection((self.address, self.port), timeout=left).close()
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    host = "the launcher" if self.agent_store else "rank 0"
+                    raise comm.CommError(
+                        f"rank {self.rank} of {self.world_size} cannot reach the job's store at {self.address}:"
+                        f"{self.port}, which {host} opens, within timeout_s = {timeout.total_seconds():g} s "
+                        f"({error.strerror or error}). Start {host} with the same MASTER_ADDR and MASTER_PORT, or "
+                        "raise timeout_s."
+                    ) from error
+            time.sleep(0.1)
 
 
 def choose_device(device: str, job: Job) -> torch.device:
@@ -96,19 +136,51 @@ def choose_device(device: str, job: Job) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(job: Job, device: torch.device, timeout: timedelta) -> Iterator[dist.TCPStore | None]:
-    """The default process group of the job while the block runs; a job of one rank gets none. Gives the job's store."""
+    """The default process group of the job while the block runs; a job of one rank gets none. Gives the job's store.
+
+    Raises:
+        CommError: not all ranks of the job came within ``timeout``; a collective in the block failed.
+    """
     store = job.store(timeout)
     if job.world_size == 1:
         yield store
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"lasp/attempt{job.attempt}", store),
-        rank=job.rank,
-        world_size=job.world_size,
-        timeout=timeout,
-    )
-    yield store  # after a failure the process ends; tearing the group down could wait for ranks that are gone
+    shared = dist.PrefixStore(f"lasp/attempt{job.attempt}", store)
+    try:
+        _await_ranks(job, shared, timeout)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=shared,
+            rank=job.rank,
+            world_size=job.world_size,
+            timeout=timeout,
+        )
+    except dist.DistError as error:
+        raise comm.CommError(
+            f"rank {job.rank} of {job.world_size} lost the others while they met at {job.address}:{job.port} "
+            f"(timeout_s = {timeout.total_seconds():g} s): {error}. Look at the first error of the other ranks."
+        ) from error
+    with comm.explained("collective", None, timed=False):  # those that torch issues itself, for sharded parameters
+        yield store  # after a failure the process ends; tearing the group down could wait for ranks that are gone
     dist.destroy_process_group()
+
+
+def _await_ranks(job: Job, store: dist.Store, timeout: timedelta) -> None:
+    """Return when all ranks of the job have come.
+
+    A process group waits for them as well, but when it gives up it cannot say for whom.
+    """
+    here = [f"here/{rank}" for rank in range(job.world_size)]
+    store.set(here[job.rank], "")
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not store.check(here):
+        if time.monotonic() >= deadline:
+            missing = [rank for rank, key in enumerate(here) if not store.check([key])]
+            raise comm.CommError(
+                f"rank {job.rank} of {job.world_size} waited at {job.address}:{job.port} for timeout_s = "
+                f"{timeout.total_seconds():g} s, and rank(s) {missing} did not come. Start them with the same "
+                "MASTER_ADDR, MASTER_PORT and WORLD_SIZE, look at their first error, or raise timeout_s."
+            )
+        time.sleep(0.05)

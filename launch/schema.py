@@ -44,6 +44,7 @@ def _yes_no_or_path(value: Any) -> bool | str:
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 MAX_LR, MAX_TIMEOUT_S = 1e6, 1e6  # beyond these a float32 step or a clock overflows
+MIN_TIMEOUT_S = 1.0  # processes of one job start further apart than less
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -131,7 +132,7 @@ class RunConfig(_Section):
             local.
         device: ``auto`` takes CUDA where every local rank gets a device of its own, else the CPU.
         layout, exchange: how a sequence is cut, how states travel.
-        timeout_s: how long a rank waits for another one in a collective.
+        timeout_s: how long a rank waits for another one, at the start and in a collective.
         model: fields of ModelConfig, or ``preset`` with fields on top; vocab_size defaults to the tokenizer's.
     """
 
@@ -149,7 +150,7 @@ class RunConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     exchange: Literal["all_gather"] = "all_gather"
-    timeout_s: Annotated[Positive, Field(le=MAX_TIMEOUT_S)] = 600.0
+    timeout_s: Annotated[Positive, Field(ge=MIN_TIMEOUT_S, le=MAX_TIMEOUT_S)] = 600.0
     model: Annotated[ModelConfig, BeforeValidator(ModelConfig.from_dict)]
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp import comm
 from lasp.context import CPContext
 from lasp.layout import SequenceLayout
 from lasp.parallel.files import explained
@@ -119,7 +120,8 @@ class Mesh:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over all ranks, in place: equal on every rank."""
         if self.world_size > 1:
-            dist.all_reduce(x, group=self.world_group)
+            with comm.explained("all_reduce", self.world_group):
+                dist.all_reduce(x, group=self.world_group)
         return x
 
     def any(self, flag: bool) -> bool:
@@ -132,13 +134,15 @@ class Mesh:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.world_group)
+        with comm.explained("all_gather", self.world_group):
+            dist.all_gather_object(values, value, group=self.world_group)
         return values
 
     def broadcast(self, x: Tensor) -> Tensor:
         """The first rank's ``x`` on every rank, in place."""
         if self.world_size > 1:
-            dist.broadcast(x, self.ranks[0], group=self.world_group)
+            with comm.explained("broadcast", self.world_group):
+                dist.broadcast(x, self.ranks[0], group=self.world_group)
         return x
 
     def on_first(self, work: Callable[[], Any]) -> Any:
@@ -161,7 +165,8 @@ class Mesh:
                 error = caught
                 kind = next((kind for kind, known in _EXPECTED.items() if isinstance(caught, known)), "failed")
                 outcome = [(kind, explained(caught) if kind in _EXPECTED else f"{type(caught).__name__}: {caught}")]
-        dist.broadcast_object_list(outcome, self.ranks[0], group=self.world_group)
+        with comm.explained("broadcast", self.world_group):
+            dist.broadcast_object_list(outcome, self.ranks[0], group=self.world_group)
         kind, value = outcome[0]
         if error is not None:
             raise error
@@ -180,7 +185,8 @@ def _own_group(
         return world_group
     if len(parts[0]) == 1:
         return None
-    return [dist.new_group(part, timeout=timeout) for part in parts][index]
+    with comm.explained("new_group", world_group):
+        return [dist.new_group(part, timeout=timeout) for part in parts][index]
 
 
 def _check_grid(world_size: int, cp_size: int, dp_size: int | None) -> None:

@@ -37,7 +37,7 @@ def _out_of_step(group):
         if dist.get_rank() != 0:
             comm.all_gather(x, group).wait()
         comm.reduce_scatter(x, group).wait()
-    except RuntimeError as error:
+    except comm.CommError as error:
         return str(error)
 
 
@@ -52,7 +52,7 @@ def _late(group):
         return
     try:
         comm.all_gather(torch.ones(3), group).wait()
-    except RuntimeError as error:
+    except comm.CommError as error:
         return str(error)
 
 

@@ -79,6 +79,24 @@ def test_a_killed_rank_is_named_and_nobody_is_left_behind(tmp_path):
     assert not any(map(_alive, ranks))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_rank_that_stops_is_named_in_one_sentence(tmp_path, engine):
+    process = subprocess.Popen(
+        [*COMMAND, "train", str(tiny_yaml(tmp_path)), "steps=100000", "timeout_s=3", f"engine={engine}", "--cp", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if re.match(r"step +2/", line):
+            break
+    os.kill(max(_children(process.pid)), signal.SIGSTOP)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in rest, rest
+    assert re.search(r"^error: .* failed on rank 0 .*Rank\(s\) \[1\] never entered it or died", rest, re.M), rest
+
+
 def test_ranks_end_when_their_launcher_is_killed_and_nothing_is_left_behind(tmp_path):
     (tmp_path / "tmp").mkdir()
     process = subprocess.Popen(

@@ -1,15 +1,19 @@
 """Who owns a run directory: one run at a time, and a restarted job goes on from its own checkpoints only."""
 
 import signal
+import socket
 import subprocess
 import sys
 from datetime import timedelta
 
 import pytest
+import torch
 from torch.distributed import TCPStore
 
+from lasp.comm import CommError
 from lasp.launch import run_dir
-from lasp.launch.rendezvous import Job
+from lasp.launch.cli import main
+from lasp.launch.rendezvous import Job, process_group
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
 from lasp.launch.train import train
@@ -102,7 +106,41 @@ def test_an_environment_that_is_no_job_is_named(monkeypatch):
         Job.from_environment({"RANK": "0", "WORLD_SIZE": "two"})
     with pytest.raises(ValueError, match="MASTER_PORT is not"):
         Job.from_environment({"RANK": "0", "WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match="MASTER_PORT must be below 65536, got 99999"):
+        Job.from_environment({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"})
     assert Job.from_environment({"RANK": "0"}) is None
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (0, r"rank 0 of 3 waited at 127\.0\.0\.1:PORT for timeout_s = 0\.2 s, and rank\(s\) \[1, 2\] did not come\. "),
+        (2, r"rank 2 of 3 cannot reach the job's store at 127\.0\.0\.1:PORT, which rank 0 opens, .* 0\.2 s \(Conn"),
+    ],
+)
+def test_ranks_that_do_not_come_are_named(free_port, rank, message):
+    job = Job(rank=rank, world_size=3, port=free_port)
+    meeting = process_group(job, torch.device("cpu"), timedelta(seconds=0.2))
+    with pytest.raises(CommError, match=message.replace("PORT", str(free_port))), meeting:
+        pytest.fail("nobody else came")
+
+
+def test_a_job_that_does_not_come_together_ends_with_one_sentence(tmp_path, monkeypatch, capsys, free_port):
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["lasp", "train", str(tiny_yaml(tmp_path)), "timeout_s=1"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    error = capsys.readouterr().err
+    assert error.startswith("error: rank 0 of 2 waited") and error.count("\n") == 1 and "rank(s) [1]" in error, error
 
 
 def test_a_second_run_in_a_directory_is_refused_and_a_killed_one_leaves_it_free(tmp_path):

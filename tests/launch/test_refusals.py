@@ -149,6 +149,7 @@ WRONG = {
     "model.preset=[1]": "preset of ModelConfig must be one of",
     "model.mixer={preset:\u00a0[a]}": "preset of MixerConfig must be one of",
     "timeout_s=1e20": "timeout_s should be less than or equal to 1000000",
+    "timeout_s=0.001": "timeout_s should be greater than or equal to 1, got 0.001",
     "seed=9223372036854775808": "seed should be less than 92233720368547",
     "optimizer.lr=1e30": "optimizer.lr should be less than or equal to 1000000",
     "data.batch_size=3 dp=2": "Set data.batch_size to a multiple of 2.",

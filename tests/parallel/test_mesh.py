@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from lasp import comm
 from lasp.parallel.files import explained
 from lasp.parallel.mesh import Mesh
 
@@ -85,3 +88,29 @@ def _full_disk(group):
 def test_a_refused_write_of_the_first_rank_is_everybodys(ranks):
     message = "cannot use x: Permission denied. Name a path that exists and can be used."
     assert ranks.run(_full_disk, size=2) == [message] * 2
+
+
+METHODS = {
+    "all_reduce": lambda mesh: mesh.sum(torch.ones(2)),
+    "all_gather_object": lambda mesh: mesh.gather(1),
+    "broadcast": lambda mesh: mesh.broadcast(torch.ones(2)),
+    "broadcast_object_list": lambda mesh: mesh.on_first(int),
+}
+
+
+@pytest.mark.parametrize("collective", METHODS)
+def test_a_collective_that_fails_says_who_is_missing(monkeypatch, collective):
+    mesh = dataclasses.replace(Mesh.build(), cp_size=2, ranks=(0, 1))
+    monkeypatch.setattr(comm, "_place", lambda name, group: name)
+    monkeypatch.setattr(comm, "_describe_failure", lambda place, *_: f"{place}: rank 1 is missing")
+    for fault, kind, message in (
+        ("[gloo/pair.cc:544] Connection closed by peer", comm.CommError, "rank 1 is missing"),
+        ("out of memory", RuntimeError, "^out of memory"),
+    ):
+
+        def fail(*_, fault=fault, **__):
+            raise RuntimeError(fault)
+
+        monkeypatch.setattr(dist, collective, fail)
+        with pytest.raises(kind, match=message):
+            METHODS[collective](mesh)
