@@ -123,6 +123,8 @@ def explain(findings: list[Finding], layer_kinds: str) -> str | None:
 def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = print) -> int:
     """Compare one rank with ``cp_size`` ranks of this machine; prints the report.
 
+    The configuration of any run will do. What it says of training, the engine first, takes no part.
+
     Returns:
         0 if everything is within its budget, else 1.
 
@@ -146,6 +148,8 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
     if 0 < tokens < cp_size:
         say(f"the held-out sequence of {tokens} tokens cannot be cut over {cp_size} ranks: its loss is not compared.")
         del truth["eval_loss"]
+    if config.engine != "ddp":
+        say(f"engine={config.engine} takes no part: the model's operators and gradients are compared, no engine's.")
     layout = getattr(SequenceLayout, config.layout)(batch.cp.layout.cu_seqlens_global, cp_size)
     findings = compare(truth, single, parts, layout)
     say(_table(findings, layout, config))
