@@ -200,10 +200,11 @@ def _architecture(config: RunConfig) -> dict[str, Any]:
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Settings that differ from those of the checkpoint and change what is learned from here on."""
     changed = [
-        f"{section}.{key}: {old[section].get(key)!r} -> {value!r}"
+        f"{section}.{key}: {theirs.get(key)!r} -> {value!r}"
         for section in ("data", "optimizer")
+        for theirs in [old.get(section, {})]
         for key, value in new[section].items()
-        if old[section].get(key) != value
+        if theirs.get(key) != value
     ]
     changed += [
         f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in ("seed", "dtype", "steps") if old.get(key) != new[key]

@@ -3,7 +3,7 @@
     run_dir/checkpoints/step-00000200/
         model.safetensors        every parameter by name, in the master's dtype
         optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, and the random state
-        state.json               step, data position in global tokens, the model's configuration, ...
+        state.json               step, data position in global tokens, tokenizer, configurations of model and run, ...
         manifest.json            size and sha256 of each file above, written last
 
 A save goes to a temporary directory beside its place, is flushed to the disk, and is renamed; a crash at
@@ -36,6 +36,8 @@ FORMAT, VERSION = "lasp-checkpoint", 1
 MANIFEST, STATE = "manifest.json", "state.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-"
+_STATE = {"step": int, "data_position": int, "model": dict, "config": dict, "tokenizer": str}  # what a run reads of it
+_MOMENTS, _RANDOM = ("exp_avg", "exp_avg_sq"), "random_state"
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,9 @@ def load(path: Path) -> Checkpoint:
     """
     with reading(path):
         names = verify(path)["files"]
+        for name in (STATE, *(f"{group}.safetensors" for group in ("model", "optimizer"))):
+            if name not in names:
+                raise _damaged(path, f"{name} is missing")
         stems = {name: name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors")}
         extras = {name: (path / name).read_bytes() for name in names if name not in {*stems, STATE}}
         try:
@@ -207,7 +212,22 @@ def load(path: Path) -> Checkpoint:
             tensors = {stem: load_file(path / name) for name, stem in stems.items()}
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise _damaged(path, f"its hashes are right, yet it cannot be read ({error})") from error
+    _check_complete(path, state, tensors)
     return Checkpoint(path, state, tensors, extras)
+
+
+def _check_complete(path: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Whole files may lack a part, if another program wrote them: a run must learn it before it changes anything."""
+    for key, kind in _STATE.items():
+        if not isinstance(state.get(key), kind):
+            what = f"{key!r} is {type(state[key]).__name__}, not {kind.__name__}," if key in state else f"no {key!r}"
+            raise _damaged(path, f"{what} in {STATE}")
+    shapes = {f"{kind}.{name}": x.shape for kind in _MOMENTS for name, x in tensors["model"].items()}
+    for name, shape in [*shapes.items(), (_RANDOM, None)]:
+        x = tensors["optimizer"].get(name)
+        if x is None or (shape is not None and x.shape != shape):
+            what = f"no {name}" if x is None else f"{name} is {tuple(x.shape)}, not {tuple(shape)},"
+            raise _damaged(path, f"{what} in optimizer.safetensors")
 
 
 def load_newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:

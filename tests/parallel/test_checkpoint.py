@@ -1,11 +1,13 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lasp.parallel import checkpoint as checkpoints
 
@@ -16,12 +18,16 @@ def _tensors(seed):
     flat = torch.randn(30, generator=torch.Generator().manual_seed(seed))
     return {
         "model": {"a": flat[:12].view(3, 4), "b": flat[12:]},  # views of one buffer, as the engine's are
-        "optimizer": {"exp_avg.a": flat[:12].view(3, 4), "random_state": torch.get_rng_state()},
+        "optimizer": {
+            **{f"{kind}.a": flat[:12].view(3, 4) for kind in ("exp_avg", "exp_avg_sq")},
+            **{f"{kind}.b": flat[12:] for kind in ("exp_avg", "exp_avg_sq")},
+            "random_state": torch.get_rng_state(),
+        },
     }
 
 
 def _save(directory, step, **options):
-    state = {"model": CONFIG, "data_position": 7 * step}
+    state = {"model": CONFIG, "data_position": 7 * step, "config": {}, "tokenizer": "bytes"}
     return checkpoints.save(directory, step, _tensors(step), state, **options)
 
 
@@ -97,7 +103,53 @@ def _flip(path):
     file.write_bytes(content)
 
 
-DAMAGES = {
+def _edit_state(**changes):
+    def edit(path):
+        state = json.loads((path / "state.json").read_text()) | changes
+        (path / "state.json").write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
+        _sign(path)
+
+    return edit
+
+
+def _edit_optimizer(**changes):
+    def edit(path):
+        tensors = _tensors(2)["optimizer"] | changes
+        kept = {name: x.clone() for name, x in tensors.items() if x is not None}
+        save_file(kept, path / "optimizer.safetensors")
+        _sign(path)
+
+    return edit
+
+
+def _leave_out(name):
+    def leave_out(path):
+        (path / name).unlink()
+        _sign(path)
+
+    return leave_out
+
+
+def _sign(path):
+    """A manifest that is right about the files that are there."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    files = [file for file in path.iterdir() if file.name != "manifest.json"]
+    manifest["files"] = {file.name: checkpoints._fingerprint(file) for file in files}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+PARTS = {
+    "no 'data_position' in state.json": _edit_state(data_position=None),
+    "no 'config' in state.json": _edit_state(config=None),
+    "'tokenizer' is int, not str, in state.json": _edit_state(tokenizer=5),
+    "optimizer.safetensors is missing": _leave_out("optimizer.safetensors"),
+    "model.safetensors is missing": _leave_out("model.safetensors"),
+    "state.json is missing.": _leave_out("state.json"),
+    "no exp_avg_sq.b in optimizer.safetensors": _edit_optimizer(**{"exp_avg_sq.b": None}),
+    "no random_state in optimizer.safetensors": _edit_optimizer(random_state=None),
+    "exp_avg.a is (4,), not (3, 4), in optimizer.safetensors": _edit_optimizer(**{"exp_avg.a": torch.ones(4)}),
+}
+DAMAGES = PARTS | {
     "model.safetensors has": _truncate,
     "optimizer.safetensors does not have its hash": _flip,
     "state.json is missing": lambda path: (path / "state.json").unlink(),
@@ -112,7 +164,7 @@ def test_damage_is_found_and_the_one_before_is_taken_loudly(tmp_path, message):
     _save(tmp_path, 1)
     path = _save(tmp_path, 2)
     DAMAGES[message](path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         checkpoints.load(path)
     warnings = []
     assert checkpoints.load_newest(tmp_path, warnings.append).step == 1
