@@ -1,11 +1,21 @@
-"""Linear and hybrid attention over sequences cut across a context-parallel group, exact against one device."""
+"""Linear and hybrid attention over sequences cut across a context-parallel group, exact against one device.
 
-from lasp import comm
-from lasp.context import CPContext
-from lasp.halo import short_convolution
-from lasp.layout import SequenceLayout
-from lasp.linear import linear_attention
-from lasp.softmax import softmax_attention
+The names below are imported when they are first used: ``import lasp.launch.cli`` passes through here, and the command
+must be up, and able to take a Ctrl-C, before it has loaded torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lasp import comm
+    from lasp.context import CPContext
+    from lasp.halo import short_convolution
+    from lasp.layout import SequenceLayout
+    from lasp.linear import linear_attention
+    from lasp.softmax import softmax_attention
 
 __all__ = [
     "CPContext",
@@ -15,3 +25,22 @@ __all__ = [
     "short_convolution",
     "softmax_attention",
 ]
+
+_HOMES = {
+    "CPContext": "context",
+    "SequenceLayout": "layout",
+    "linear_attention": "linear",
+    "short_convolution": "halo",
+    "softmax_attention": "softmax",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+    return getattr(module, name) if name in _HOMES else module
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

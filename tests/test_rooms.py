@@ -102,11 +102,14 @@ def test_the_reference_is_the_oracle_and_no_fast_path():
 def test_importing_lasp_needs_torch_alone_and_is_quick():
     code = """
 import sys, time
+import lasp.launch.cli
+assert "torch" not in sys.modules  # a Ctrl-C while it loads finds the command ready
 for name in ("triton", "yaml", "rich", "click", "pydantic", "matplotlib", "safetensors"):
     sys.modules[name] = None  # an import of it raises
 import torch
 started = time.perf_counter()
 import lasp, lasp.kernels
+assert all(getattr(lasp, name).__name__.endswith(name) for name in lasp.__all__)
 print(time.perf_counter() - started)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
