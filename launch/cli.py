@@ -6,6 +6,7 @@ lasp generate runs/quickstart --prompt "def main(" --temperature 0.7
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def prepare(inputs: tuple[str, ...], output: str, tokenizer: str, pattern: str) 
     check_output(output, [*files, Path(tokenizer)])
     file = write_token_file(output, read_texts(files), load_tokenizer(tokenizer))
     click.echo(f"{output}.bin, .idx: {len(file):,} documents, {file.num_tokens:,} tokens")
-    click.echo(f"train on it with data.source={output} data.tokenizer={tokenizer}")
+    overrides = shlex.join([f"data.source={output}", f"data.tokenizer={tokenizer}"])
+    click.echo(f"train on it with {overrides}")
 
 
 @cli.command()
@@ -135,7 +137,7 @@ def inspect(path: str) -> None:
 
 
 def main() -> None:
-    """Run the command line: 0 on success, 1 with one clean message on failure, 2 on wrong usage."""
+    """Run the command line: 0 on success, 1 with one clean message on failure, 2 on wrong usage, 130 if interrupted."""
     arguments = [argument for argument in sys.argv[1:] if argument != _DEBUG]
     try:
         cli(arguments, standalone_mode=False)
@@ -151,7 +153,7 @@ def main() -> None:
 def _fail(error: Exception, debug: bool) -> None:
     """One message for what a user can mend; a traceback for what is our fault."""
     from lasp.comm import CommError
-    from lasp.launch.local import RankFailure
+    from lasp.launch.local import Interrupted, RankFailure
     from lasp.parallel.files import explained
 
     if debug and isinstance(error, RankFailure):
@@ -159,7 +161,7 @@ def _fail(error: Exception, debug: bool) -> None:
     elif debug or not isinstance(error, (ValueError, FloatingPointError, OSError, RankFailure, CommError)):
         raise error
     click.secho(f"error: {explained(error)}", fg="red", err=True)
-    sys.exit(_FAILURE)
+    sys.exit(_INTERRUPTED if isinstance(error, Interrupted) else _FAILURE)
 
 
 if __name__ == "__main__":

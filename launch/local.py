@@ -10,6 +10,7 @@ cause and is shown, the rest are its victims. A child whose launcher is gone end
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -44,6 +46,10 @@ class RankFailure(RuntimeError):
         self.details = details
 
 
+class Interrupted(RankFailure):
+    """A signal ended the job before every rank could save."""
+
+
 def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments: str) -> None:
     """Run ``work(config, **arguments)`` on ``num_ranks`` processes of this machine; returns when all have succeeded.
 
@@ -51,7 +57,7 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
     kills them.
 
     Raises:
-        RankFailure: a rank failed; the others have been ended.
+        RankFailure: a rank failed; the others have been ended. Interrupted: a signal came before they could save.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
     store.set(_TASK, json.dumps({"config": config.plain(), "work": work, "arguments": arguments}))
@@ -61,16 +67,27 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
         with _forwarded_signals(ranks) as signals:
             for rank in range(num_ranks):
                 environment = {**os.environ, **_environment(rank, num_ranks, store.port)}
-                ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
+                with _blocked(signal.SIGINT):
+                    ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
             codes = _wait(ranks)
     finally:
         for process in ranks:
             process.kill()
             process.wait()
     if any(codes) and signals.count:
-        raise RankFailure("interrupted; not every rank could save its place. Run again: it goes on from what is saved.")
+        raise Interrupted("interrupted; not every rank could save its place. Run again: it goes on from what is saved.")
     if any(codes):
         raise _explain(codes, store)
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """A process started in the block never gets the signal: a terminal sends it to all, the launcher passes it on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:

@@ -1,5 +1,6 @@
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 import pytest
 from click.testing import CliRunner
 
+from lasp.launch import local
 from lasp.launch.cli import cli, main
 from lasp.launch.report import read_metrics
 from lasp.launch.token_files import TokenFile
@@ -136,6 +138,19 @@ def test_errors_are_one_clean_message(tmp_path, monkeypatch, capsys):
         main()
 
 
+def test_an_interrupted_job_ends_as_the_shell_expects(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(local, "_wait", lambda ranks: os.kill(os.getpid(), signal.SIGINT) or [-signal.SIGTERM] * 2)
+    assert _run_main(monkeypatch, "train", tiny_yaml(tmp_path), "--cp", "2") == 130
+    assert capsys.readouterr().err.startswith("error: interrupted; not every rank could save its place.")
+
+
+def test_the_ranks_hear_an_interrupt_from_the_launcher_alone():
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with local._blocked(signal.SIGINT):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n" and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_torchrun_without_a_job_says_how_to_start(tmp_path, monkeypatch, capsys):
     assert _run_main(monkeypatch, "train", tiny_yaml(tmp_path), "launcher=torchrun", "--cp", "4") == 1
     assert "torchrun --nproc-per-node 4" in capsys.readouterr().err
@@ -148,9 +163,11 @@ def test_prepare_train_inspect_generate(tmp_path):
         (source / f"{n}.py").write_text(f"x = {n}\n" * 9)
     (source / "notes.txt").write_text("left out")
     run = CliRunner().invoke
-    prefix = str(tmp_path / "prepared")
+    prefix = str(tmp_path / "out of the way")
     done = run(cli, ["data", "prepare", str(source), "--output", prefix, "--glob", "*.py"])
     assert done.exit_code == 0 and "30 documents" in done.output
+    overrides = shlex.split(done.output.partition("train on it with ")[2])
+    assert overrides == [f"data.source={prefix}", "data.tokenizer=bytes"]
     assert len(TokenFile(prefix)) == 30
     path = str(tiny_yaml(tmp_path))
     done = run(cli, ["train", path, f"data.source={prefix}", "steps=2", "log.tensorboard=true"])
