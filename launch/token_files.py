@@ -238,10 +238,12 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype]:
     with reading(path):
         content = path.read_bytes()
     head = struct.calcsize("<9sQBQQ")
-    if len(content) < head or not content.startswith(_MAGIC):
+    if content[: len(_MAGIC)] != _MAGIC[: len(content)]:
         raise ValueError(
             f"{path} is not a Megatron index file: it does not start with {_MAGIC!r}. Prepare the data again."
         )
+    if len(content) < head:
+        raise ValueError(f"{path} is truncated: {len(content)} bytes, its head has {head}. Prepare the data again.")
     _, version, code, sequences, marks = struct.unpack("<9sQBQQ", content[:head])
     if version != 1 or code not in _DTYPES:
         raise ValueError(
@@ -254,4 +256,10 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray, np.dtype]:
         )
     lengths = np.frombuffer(content, "<i4", sequences, head)
     offsets = np.frombuffer(content, "<i8", sequences, head + 4 * sequences)
+    documents = np.frombuffer(content, "<i8", marks, head + 12 * sequences)
+    if marks and not 0 <= documents.min() <= documents.max() <= sequences:
+        raise ValueError(
+            f"{path} is damaged: its document indices must lie in [0, {sequences}], the number of its sequences, got "
+            f"{documents.min()} to {documents.max()}. Prepare the data again."
+        )
     return lengths, offsets, np.dtype(_DTYPES[code])

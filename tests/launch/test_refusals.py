@@ -193,6 +193,7 @@ def test_every_entry_of_an_index_is_checked(tmp_path):
         ("negative length", head + 4, np.int32(-1), "must not be negative"),
         ("negative offset", head + 4 * count + 8, np.int64(-8), "must not be negative"),
         ("offset in the middle", head + 4 * count + 8, np.int64(10**9), "is truncated"),
+        ("document of no sequence", head + 12 * count + 8, np.int64(77), rf"must lie in \[0, {count}\].* got 0 to 77"),
     ):
         write_token_file(tmp_path / "t", TEXTS, ByteTokenizer())
         _break_index(tmp_path / "t", at, value.tobytes())
