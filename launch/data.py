@@ -55,6 +55,11 @@ class PackedStream:
             )
         self._epoch = lru_cache(maxsize=2)(self._order_epoch)
 
+    @property
+    def prefix(self) -> Path:
+        """Of the token file."""
+        return self._file.prefix
+
     def sequence(self, start: int, length: int) -> Sequence:
         """Stream tokens ``[start, start + length)``."""
         parts: list[np.ndarray] = []
@@ -116,6 +121,18 @@ class DataPlan:
                 f"{mesh.dp_size}. Set data.batch_size to a multiple of {mesh.dp_size}."
             )
         return self.batch_size // mesh.dp_size
+
+    def check_length(self, stream: PackedStream) -> None:
+        """Refuse a sequence that is longer than an epoch: it would hold the same documents more than once.
+
+        Raises:
+            ValueError: naming both lengths.
+        """
+        if self.seq_len > stream.epoch_tokens:
+            raise ValueError(
+                f"data.seq_len = {self.seq_len:,} tokens must not exceed the {stream.epoch_tokens:,} of all training "
+                f"documents in {stream.prefix}. Shorten data.seq_len or prepare more text."
+            )
 
     def cut(self, sequence: Sequence, mesh: Mesh) -> Batch:
         """This rank's part of a sequence, every cp rank having made the same one."""

@@ -66,6 +66,7 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
     data = config.data
     plan = DataPlan(data.seq_len, data.batch_size, config.layout, config.exchange, data.join_documents)
     plan.micro_steps(mesh)
+    plan.check_length(stream)
     eval_batches, unmeasured = [], None
     if len(held_out):
         held_out_stream = PackedStream(file, held_out, None, config.model.vocab_size)

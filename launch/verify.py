@@ -190,6 +190,7 @@ def first_batches(config: RunConfig, mesh: Mesh) -> tuple[Batch, list[Batch]]:
     learn, held_out = split_documents(len(file), config.data.eval_fraction)
     plan = DataPlan(config.data.seq_len, 1, config.layout, config.exchange, config.data.join_documents)
     stream = PackedStream(file, learn, config.seed, config.model.vocab_size)
+    plan.check_length(stream)
     eval_batches = []
     if len(held_out):
         held_out_stream = PackedStream(file, held_out, None, config.model.vocab_size)

@@ -96,10 +96,18 @@ def test_unusable_data_is_refused_by_name(tmp_path, prepared):
         list_files([tmp_path], "*.rst")
     with pytest.raises(ValueError, match=r"model\.vocab_size is 100"):
         PackedStream(prepared, np.arange(3), 0, vocab_size=100).sequence(0, 20)
+    with pytest.raises(
+        ValueError, match=rf"data\.seq_len = 99,999,999,999 tokens .* the 3,\d+ of all .* {prepared.prefix}"
+    ):
+        DataPlan(99_999_999_999, 1).check_length(PackedStream(prepared, np.arange(len(TEXTS)), 0))
     with pytest.raises(ValueError, match="holds no token"):
         PackedStream(prepared, np.arange(0), 0)
     (tmp_path / "v1.5.bin").write_bytes(b"12")
     with pytest.raises(ValueError, match="is truncated"):
+        TokenFile(prepared.prefix)
+    index = tmp_path / "v1.5.idx"
+    index.write_bytes(index.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"v1\.5\.idx is truncated: 20 bytes, its head has 34"):
         TokenFile(prepared.prefix)
     (tmp_path / "v1.5.idx").write_bytes(b"12")
     with pytest.raises(ValueError, match="not a Megatron index file"):
