@@ -183,11 +183,7 @@ def walk(
                 b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
                 b_weight = tl.exp2(b_end if REV else b_begin) * scale
                 b_out = times(b_x, b_state) * b_weight[:, None]
-                b_state *= tl.exp2(total)
             b_out += times(b_scores, b_z) * scale
-            if DECAY > 0:
-                b_z = (b_z.to(tl.float32) * tl.exp2(b_begin if REV else b_end)[:, None]).to(dtype)
-            b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
         elif SAFE:
             b_begin, b_end, b_total = channel_decays(p_fine, t, left, rows, cols_k, HG, KEYS, C, SAFE)
             b_near = tl.exp2(b_end if REV else b_begin)  # of x or out, towards the state
@@ -206,7 +202,6 @@ def walk(
                 b_y = (b_y.to(tl.float32) * b_far).to(dtype)
                 b_state *= tl.exp2(b_total)[:, None]
             b_out += b_within * scale
-            b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
         else:
             # everything relative to the middle of the chunk's decay; the state crosses each half on its own
             b_begin, b_end, b_total = channel_decays(p_fine, t, left, rows, cols_k, HG, KEYS, C, SAFE)
@@ -223,7 +218,6 @@ def walk(
             b_out += times(b_scores, b_z) * scale
             if SWAP:
                 b_out *= tl.exp2(-b_shift)
-            b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee") * b_half
 
         mask = in_row & in_z
         tl.store(p_out + t * (H * DZ) + at_out, b_out.to(p_out.dtype.element_ty), mask=mask)
@@ -236,6 +230,14 @@ def walk(
             else:
                 b_sum = tl.sum(b_rows, 1)
                 tl.store(p_rows + t + rows, -b_sum if REV else b_sum, mask=rows < left)
+        if CAUSAL:  # last, when the output is out of the registers; decays are read again to stay out of them till now
+            if DECAY == 1 or DECAY == 2:
+                b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
+                b_z = (b_z.to(tl.float32) * tl.exp2(b_begin if REV else b_end)[:, None]).to(dtype)
+                b_state *= tl.exp2(total)
+            b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
+            if DECAY == 3 and not SAFE:
+                b_state *= b_half
 
 
 @triton.jit
