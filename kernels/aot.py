@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from lasp.kernels.segments import SegmentTable
 from lasp.kernels.triton_tiles import ARCHITECTURES, DIMS
 
-SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}
+SHARED_BYTES = {80: 101376, 90: 232448, 100: 232448}  # sm_80: of sm_86, sm_89 and sm_120, which use its tiles
 SPILL_BYTES = {"local_states": 0, "o": 0, "dq": 0}  # on sm_90; elsewhere:
 SPILL_BYTES_OTHERWISE = 64
 # what decides the code: the decay, whether a fixed one is learned, and whether there is an order
@@ -42,7 +43,8 @@ class Launch:
 
     Attributes:
         kernel: module and name of the function.
-        name: of the kernel; where roles are exchanged, what it makes.
+        name: of the kernel, or what it makes where roles are exchanged; ``safe`` for strong decays per channel, ``rev``
+            for the backward's sweep, ``fresh`` where no state enters or leaves.
         signature: type of each argument.
         constants: arguments known when compiled.
         aligned: arguments divisible by 16.
@@ -68,7 +70,10 @@ class Usage:
 
 
 def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS) -> list[Launch]:
-    """The distinct launches of a forward and a backward in bf16 with entry states and exit gradients."""
+    """The distinct launches of a forward and a backward in bf16.
+
+    With entry states and exit gradients, and for the first length also without them.
+    """
     from lasp.kernels import lightning
 
     found: dict[Launch, None] = {}
@@ -87,7 +92,9 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
         pass
 
     causal = case != "bidirectional"
-    for length in lengths:
+    for length, entered in product(lengths, (True, False)):
+        if not entered and (length != lengths[0] or not causal):
+            continue
         with torch.device("meta"):
             q, k, v, do = (torch.empty(1, length, HEADS, dim, dtype=torch.bfloat16) for _ in range(4))
             shapes = {"token": (1, length, HEADS), "channel": (1, length, HEADS, dim)}
@@ -95,12 +102,12 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
             state = torch.empty(1, 1, HEADS, dim, dim)
         inputs = q, k, v, g, SegmentTable([(0, length)], torch.device("meta")), causal, 0.125
         forward = Forward(*inputs)
-        forward.state_maps()
-        forward.finish(state)
-        known = {"saved": forward.saved, "entry": state, "exits": state, "do": do}
+        exits = forward.state_maps().state
+        forward.finish(state if entered else None)
+        known = {"saved": forward.saved, "entry": state if entered else None, "exits": exits, "do": do}
         backward = Backward(*inputs, **known, needs_dg=case in ("learned", "token", "channel"))
         backward.state_maps(local=True)
-        backward.finish(state)
+        backward.finish(state if entered else None)
     return list(found)
 
 
@@ -123,6 +130,8 @@ def describe(kernel, args: tuple, options: dict) -> Launch:
             if isinstance(value, int) and value % 16 == 0 and name not in fixed:
                 aligned.append(i)
     name = {"mix": "dq" if bound.get("SWAP") else "o", "mix_grads": "dkdv"}.get(kernel.__name__, kernel.__name__)
+    name += " safe" * bool(bound.get("SAFE")) + " rev" * bool(bound.get("REV") and name.endswith("states"))
+    name += " fresh" * (bound.get("ENTERED") is False or bound.get("LEFT") is False)
     parts = signature, constants, aligned, launch_options.items()
     return Launch(f"{kernel.fn.__module__}:{kernel.__name__}", name, *map(tuple, parts))
 
@@ -156,7 +165,7 @@ def faults(launch: Launch, usage: Usage, arch: int) -> list[str]:
     out = []
     if usage.shared > SHARED_BYTES[arch]:
         out.append(f"shared memory {usage.shared} > {SHARED_BYTES[arch]}")
-    budget = SPILL_BYTES.get(launch.name, SPILL_BYTES_OTHERWISE)
+    budget = SPILL_BYTES.get(launch.name.split()[0], SPILL_BYTES_OTHERWISE)
     if arch == 90 and usage.spill > budget:
         out.append(f"spill {usage.spill} B > {budget} B")
     return out
@@ -178,13 +187,7 @@ def selection(archs: list[int], cases: list[str], everything: bool) -> Iterator[
 def measure(arch: int, dim: int, case: str, launch: Launch) -> dict:
     """One row of the table; ``fault`` is empty where all is well."""
     constants, options = dict(launch.constants), dict(launch.options)
-    sweep = " rev" if constants.get("REV") and launch.name.endswith("states") else ""
-    row = {
-        "arch": arch,
-        "dim": dim,
-        "case": case,
-        "kernel": launch.name + " safe" * bool(constants.get("SAFE")) + sweep,
-    }
+    row = {"arch": arch, "dim": dim, "case": case, "kernel": launch.name}
     row |= {"chunk": constants.get("C"), "block": constants.get("BZ", constants.get("BV"))}
     row |= {"warps": options.get("num_warps", 4), "stages": options.get("num_stages", 3)}
     try:
@@ -241,14 +244,18 @@ def main(argv: list[str] | None = None) -> int:
     if options.table:
         print(table(json.loads(options.table.read_text())["rows"]))
         return 0
-    archs, cases = [int(x) for x in options.arch.split(",")], options.cases.split(",")
-    if not set(archs) <= set(ARCHITECTURES) or not set(cases) <= set(CASES):
+    archs, cases = options.arch.split(","), options.cases.split(",")
+    if not set(archs) <= set(map(str, ARCHITECTURES)) or not set(cases) <= set(CASES):
         parser.error(f"--arch takes {ARCHITECTURES}, --cases {CASES}; got {options.arch} and {options.cases}")
     import triton
 
-    chosen = list(selection(archs, cases, options.all))
+    chosen = list(selection([int(x) for x in archs], cases, options.all))
     if options.kernels:
-        chosen = [x for x in chosen if x[-1].name in options.kernels.split(",")]
+        known = {x[-1].name for x in chosen}
+        wanted = set(options.kernels.split(","))
+        if not wanted <= known:
+            parser.error(f"--kernels takes {', '.join(sorted(known))}; got {options.kernels}")
+        chosen = [x for x in chosen if x[-1].name in wanted]
     print("arch     D case          kernel                 C block warps stages regs spill  shared  tensor cores")
     rows = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:

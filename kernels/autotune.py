@@ -1,10 +1,11 @@
 """Measure tiles and write them into the table of :mod:`lasp.kernels.triton_tiles`.
 
     LASP_AUTOTUNE=1 [LASP_TILES=FILE] python train.py                      entries as they are first needed
-    LASP_TILES=FILE python -m lasp.kernels.autotune --dims 128 --decays token     chosen entries at once
+    LASP_AUTOTUNE=1 LASP_TILES=FILE python -m lasp.kernels.autotune --dims 128    chosen entries at once
 
-An entry takes minutes: each kernel is compiled and timed with every tile that may serve it. That waits for the device,
-so tune before a CUDA graph is captured and before many ranks would tune side by side.
+Entries that FILE has are not measured again; those of the shipped table are, once per process. An entry takes minutes:
+each kernel is compiled and timed with every tile that may serve it. That waits for the device, so tune before a CUDA
+graph is captured and before many ranks would tune side by side.
 """
 
 from __future__ import annotations
@@ -30,9 +31,15 @@ Measure = Callable[[Callable[[], object]], float]
 
 
 def tune_once(asked: Entry, device: torch.device) -> None:
-    """Measure an entry and store it, unless this process has."""
+    """Measure an entry and store it, unless the user's table or this process has it.
+
+    Raises:
+        ValueError: the table cannot be written.
+    """
     if str(asked) not in tile_table().measured:
-        tile_table().store(asked, tune(asked, device))
+        tile_table().check_writable()
+        with torch.cuda.device(device):  # where the clock looks
+            tile_table().store(asked, tune(asked, device))
 
 
 def tune(
@@ -127,14 +134,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--decays", default=",".join(DECAYS), help="comma-separated")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     options = parser.parse_args(argv)
-    dims, decays = [int(x) for x in options.dims.split(",")], options.decays.split(",")
-    if not set(dims) <= set(DIMS) or not set(decays) <= set(DECAYS):
+    dims, decays = options.dims.split(","), options.decays.split(",")
+    if not set(dims) <= set(map(str, DIMS)) or not set(decays) <= set(DECAYS):
         parser.error(f"--dims takes {DIMS}, --decays {DECAYS}; got {options.dims} and {options.decays}")
     if not torch.cuda.is_available():
         parser.error("tiles are measured on a GPU, and torch sees none here")
     device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability(device)
-    for dim, decay, length in product(dims, decays, LENGTHS.values()):
+    for dim, decay, length in product(map(int, dims), decays, LENGTHS.values()):
         kind, dtype = DECAYS.index(decay), getattr(torch, options.dtype)
         asked = entry(10 * major + minor, dtype, dim, dim, kind, HEADS * length)
         before = tile_table().tiles(asked)

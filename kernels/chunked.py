@@ -106,13 +106,13 @@ class _Chunked:
     def _before(self) -> Tensor:
         """Decay from the begin of each chunk's segment to that chunk, [N, b, H, a, 1]."""
         borders = self.saved[1]
-        return decay(borders[:-1] - borders[self.table.chunk_begins], self.dtype).unsqueeze(-1)
+        return decay(borders[:-1] - borders[self.table.borders.chunk_begins], self.dtype).unsqueeze(-1)
 
     @cached_property
     def _after(self) -> Tensor:
         """Decay from each chunk to the end of its segment, [N, b, H, a, 1]."""
         borders = self.saved[1]
-        return decay(borders[self.table.chunk_ends] - borders[1:], self.dtype).unsqueeze(-1)
+        return decay(borders[self.table.borders.chunk_ends] - borders[1:], self.dtype).unsqueeze(-1)
 
     def carry(self, i: int, entry: Tensor | None) -> Tensor:
         """The state carried into tile i, [B, H, K, V]."""
@@ -182,7 +182,9 @@ class Forward(_Chunked):
                 self._output(i, gates, k, v, states)
         borders = torch.nn.functional.pad(torch.cat(totals).cumsum(0), (0, 0, 0, 0, 0, 0, 1, 0)) if totals else None
         self.saved = carries, borders
-        log_decay = None if borders is None else (borders[self.table.ends] - borders[self.table.begins]).to(self.dtype)
+        log_decay = None
+        if borders is not None:
+            log_decay = (borders[self.table.borders.ends] - borders[self.table.borders.begins]).to(self.dtype)
         return StateMap(torch.cat(exits), log_decay)
 
     @in_ieee

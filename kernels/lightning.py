@@ -34,9 +34,10 @@ from lasp.kernels.triton_tiles import Tile, power_of_two
 
 _LN2 = 0.6931471805599453
 NONE, FIXED, TOKEN, CHANNEL = range(4)  # DECAY in the kernels
+_LEAST_SCALE = 1e-30  # gradients of states are divided by the scale
 _MOST_RUNS = 4  # of segments that no state enters: more launches would cost more than they hide
 # log2 of the largest decay of a chunk that one reference point serves: its factors stay finite, and in fp32 accurate
-_CHUNK_DECAY = {torch.bfloat16: 200.0, torch.float16: 20.0, torch.float32: 24.0}
+_CHUNK_DECAY = {torch.bfloat16: 160.0, torch.float16: 20.0, torch.float32: 24.0}
 
 
 class _Lightning:
@@ -64,6 +65,11 @@ class _Lightning:
         scale: float,
     ):
         check(q, v)
+        if 0.0 < abs(scale) < _LEAST_SCALE:
+            raise ValueError(
+                f"impl='triton' takes a scale of 0 or of {_LEAST_SCALE} and more in size, got {scale}. Scale q, or use "
+                "impl='torch'."
+            )
         self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
         self.g, self.causal, self.scale, self.dtype = g, causal, scale, torch.float32
         self.batch, self.length, _, self.key_dim = q.shape
@@ -307,7 +313,7 @@ class Backward(_Lightning):
             self._launch(
                 mix_grads, self.pieces.count * self.rows * blocks,
                 self.q, self.k, self.v, self.do, dv, dk, grads, d_exit, rows, self.g, self.coarse, self.fine,
-                self.flags, self.after, self.pieces.pieces, self.scale or 1e-30,  # divides gradients of states
+                self.flags, self.after, self.pieces.pieces, self.scale or _LEAST_SCALE,  # divides gradients of states
                 self.length, self.pieces.count, self.rows, H=self.num_heads, HQ=self.q.shape[2], HK=self.k.shape[2],
                 HV=self.v.shape[2], HG=self.gate_heads, K=self.key_dim, V=self.value_dim,
                 PK=power_of_two(self.key_dim), PV=power_of_two(self.value_dim), BV=tile_v.block,

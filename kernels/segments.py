@@ -11,10 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 Bounds = Sequence[tuple[int, int]]  # (start, stop) of each segment
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A table of the host on ``device``, without waiting for it."""
+    with torch.inference_mode(False):  # a copy of its own, that may be used and changed after inference
+        if device.type == "cuda":
+            return x.pin_memory().to(device, non_blocking=True)
+        return x.to(device) if device.type != "cpu" else x.clone()
 
 
 class TileShape:
@@ -97,6 +107,20 @@ class Tile:
     shape: TileShape
 
 
+class Borders(NamedTuple):
+    """Borders of segments in a :class:`SegmentTable`.
+
+    Attributes:
+        begins, ends: border where each segment begins and ends, int64 [segments].
+        chunk_begins, chunk_ends: the same of each chunk's segment, int64 [N].
+    """
+
+    begins: torch.Tensor
+    ends: torch.Tensor
+    chunk_begins: torch.Tensor
+    chunk_ends: torch.Tensor
+
+
 class SegmentTable:
     """Chunks and tiles of one rank's segments on one device.
 
@@ -108,8 +132,6 @@ class SegmentTable:
 
     Attributes:
         num_chunks: N. Border b in 0..N lies between chunk b - 1 and chunk b.
-        begins, ends: border where each segment begins and ends, int64 [segments].
-        chunk_begins, chunk_ends: the same of each chunk's segment, int64 [N].
         kept: tables that operators derive from this one, made once.
     """
 
@@ -127,13 +149,17 @@ class SegmentTable:
             for at in range(start, stop, chunk_size)
         ]
         self.num_chunks = len(self._chunks)
-        begins = [i for i, (s, start, _) in enumerate(self._chunks) if start == self.bounds[s][0]]
-        self.begins, self.ends = (torch.tensor(x, device=device) for x in (begins, [*begins[1:], self.num_chunks]))
-        segments = torch.tensor([s for s, _, _ in self._chunks], device=device)
-        self.chunk_begins, self.chunk_ends = self.begins[segments], self.ends[segments]
         self.kept: dict[Hashable, object] = {}
         self._tiles: dict[int, tuple[Tile, ...]] = {}
         self._shapes: dict[tuple, TileShape] = {}
+
+    @cached_property
+    def borders(self) -> Borders:
+        """Where segments begin and end; made when it is first asked for, as the Triton kernels never do."""
+        begins = [i for i, (s, start, _) in enumerate(self._chunks) if start == self.bounds[s][0]]
+        segments = torch.tensor([begins, [*begins[1:], self.num_chunks]])
+        chunks = segments[:, [s for s, _, _ in self._chunks]]
+        return Borders(*(to_device(x, self.device) for x in (*segments, *chunks)))
 
     def replace(self, bounds: Bounds) -> None:
         """Other segments, as many and of as many tokens, in the device memory that kernels have read before.
@@ -150,13 +176,14 @@ class SegmentTable:
                 f"bounds must be as many segments and tokens as the table of {have} that was made replaceable, got "
                 f"{want}, replaceable={self.replaceable}. Capture again, with tables of their own."
             )
-        if not all(hasattr(kept, "load") for kept in self.kept.values()):
+        if self._tiles or not all(hasattr(kept, "load") for kept in self.kept.values()):
             raise ValueError("only the Triton kernels can be given another layout, and impl='torch' used this table.")
         kept = self.kept
-        self.__init__(bounds, self.device, replaceable=True)
         for table in kept.values():
-            table.load(self.bounds)
-        self.kept.update(kept)
+            table.load(bounds)
+        self.__dict__.pop("borders", None)
+        self.__init__(bounds, self.device, replaceable=True)
+        self.kept = kept
 
     def tiles(self, chunks_per_tile: int) -> tuple[Tile, ...]:
         """Up to ``chunks_per_tile`` chunks each, in local order."""

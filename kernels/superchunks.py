@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lasp.kernels.segments import Bounds, SegmentTable
+from lasp.kernels.segments import Bounds, SegmentTable, to_device
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def superchunks(table: SegmentTable, length: int) -> Superchunks:
             segments = len(table.bounds)
             count = (table.bounds[-1][1] - segments) // length + segments
         first, *tables = _tables(table.bounds, length, count)
-        pieces, segments, lengths = (t.to(table.device) for t in tables)
+        pieces, segments, lengths = (to_device(t, table.device) for t in tables)
         table.kept[key] = Superchunks(length, pieces.shape[1], first, pieces, segments, lengths)
     return table.kept[key]
 

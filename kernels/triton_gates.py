@@ -31,7 +31,7 @@ def token_gates(
 ):  # fmt: skip
     """g [B, T, HG] -> coarse, fine [B, HG, T] and total [B, HG, N], all fp32 base 2. Grid [N * B * HG].
 
-    illegal int32 [B, HG, N]: how many of g are not <= 0.
+    illegal int32 [B, HG, N]: how many of g are > 0.
     """
     i_n, i_bh = tl.program_id(0) % N, tl.program_id(0) // N
     start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
@@ -44,8 +44,8 @@ def token_gates(
     for i in range(0, tl.cdiv(n, R * C)):
         at = i * (R * C) + at_chunk
         b_g = tl.load(p_g + at * HG, mask=at < n, other=0.0).to(tl.float32)
-        b_illegal += tl.sum(tl.where(b_g <= 0.0, 0, 1), 1)  # NaN is not
-        b_g = tl.maximum(b_g, LOWEST) * LOG2E
+        b_illegal += tl.sum((b_g > 0.0).to(tl.int32), 1)
+        b_g = floored(b_g) * LOG2E
         b_total += tl.sum(b_g, 1)
         if EXACT:
             b_whole = tl.floor(b_g + 0.5)
@@ -64,7 +64,7 @@ def channel_gates(
     """g [B, T, HG, K] -> fine [B, T, HG, K], total [B, HG, N, K] fp32 base 2; flags, illegal int32 [B, HG, N].
 
     A superchunk is flagged where a channel of a chunk decays by more than 2 ** ``limit``; illegal: how many of g are
-    not <= 0. Grid [N * B * HG].
+    > 0. Grid [N * B * HG].
     """
     i_n, i_bh = tl.program_id(0) % N, tl.program_id(0) // N
     start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
@@ -79,8 +79,8 @@ def channel_gates(
     for i in range(0, tl.cdiv(n, C)):
         mask = (i * C + rows < n)[:, None] & in_key[None, :]
         b_g = tl.load(p_g + base + i * (C * HG * K) + at_chunk, mask=mask, other=0.0).to(tl.float32)
-        b_illegal += tl.sum(tl.where(b_g <= 0.0, 0, 1), 0)
-        b_sum = tl.sum(tl.maximum(b_g, LOWEST) * LOG2E, 0)
+        b_illegal += tl.sum((b_g > 0.0).to(tl.int32), 0)
+        b_sum = tl.sum(floored(b_g) * LOG2E, 0)
         b_total += b_sum
         b_least = tl.minimum(b_least, b_sum)
     flag = tl.min(b_least, 0) < -limit
@@ -90,7 +90,7 @@ def channel_gates(
     for i in range(0, tl.cdiv(n, C)):
         mask = (i * C + rows < n)[:, None] & in_key[None, :]
         b_g = tl.load(p_g + base + i * (C * HG * K) + at_chunk, mask=mask, other=0.0).to(tl.float32)
-        b_g = tl.maximum(b_g, LOWEST) * LOG2E
+        b_g = floored(b_g) * LOG2E
         b_g = tl.where(flag, b_g, tl.cumsum(b_g, 0))
         tl.store(p_fine + base + i * (C * HG * K) + at_chunk, b_g, mask=mask)
 
@@ -131,11 +131,17 @@ def sum_gates(
 
 
 @triton.jit
+def floored(g):
+    """g, at least LOWEST; NaN stays."""
+    return tl.where(g < LOWEST, LOWEST, g)
+
+
+@triton.jit
 def fixed_slope(p_g, i_hg, DECAY: tl.constexpr):
     """Base-2 log-decay per token of a head; 0 unless the decay is fixed."""
     slope = 0.0
     if DECAY == 1:
-        slope = tl.maximum(tl.load(p_g + i_hg).to(tl.float32), LOWEST) * LOG2E
+        slope = floored(tl.load(p_g + i_hg).to(tl.float32)) * LOG2E
     return slope
 
 

@@ -208,14 +208,17 @@ def walk(
             b_shift = (b_begin - 0.5 * b_total[None, :]) if REV else (0.5 * b_total[None, :] - b_begin)
             b_half = tl.exp2(0.5 * b_total)[None, :] if SWAP else tl.exp2(0.5 * b_total)[:, None]
             if SWAP:
-                b_z = (b_z.to(tl.float32) * tl.exp2(b_shift)).to(dtype)
+                b_z, into = narrow(b_z.to(tl.float32) * tl.exp2(b_shift), dtype)
+                near, far = scale, scale * into
             else:
-                b_x = (b_x.to(tl.float32) * tl.exp2(-b_shift)).to(dtype)
-                b_y = (b_y.to(tl.float32) * tl.exp2(b_shift)).to(dtype)
+                b_x, near = narrow(b_x.to(tl.float32) * tl.exp2(-b_shift), dtype)
+                b_y, into = narrow(b_y.to(tl.float32) * tl.exp2(b_shift), dtype)
+                near *= scale
+                far = near * into
             b_scores = tl.where(seen, tl.dot(b_x, tl.trans(b_y), input_precision="ieee"), 0.0)
             b_state *= b_half
-            b_out = times(b_x, b_state) * scale
-            b_out += times(b_scores, b_z) * scale
+            b_out = times(b_x, b_state) * near
+            b_out += times(b_scores, b_z) * far
             if SWAP:
                 b_out *= tl.exp2(-b_shift)
 
@@ -235,25 +238,32 @@ def walk(
                 b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
                 b_z = (b_z.to(tl.float32) * tl.exp2(b_begin if REV else b_end)[:, None]).to(dtype)
                 b_state *= tl.exp2(total)
-            b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
+            if DECAY == 3 and not SAFE and dtype == tl.float16:
+                b_state += tl.dot(tl.trans(b_y), b_z) * into
+            else:
+                b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
             if DECAY == 3 and not SAFE:
                 b_state *= b_half
 
 
 @triton.jit
+def narrow(b, dtype: tl.constexpr):
+    """``b`` in ``dtype``, and the factor that was taken out of it: fp16 ends at 65504."""
+    factor = 1.0
+    if dtype == tl.float16:
+        factor = tl.maximum(tl.max(tl.abs(b)) / 16384.0, 1.0)
+        b = b / factor
+    return b.to(dtype), factor
+
+
+@triton.jit
 def times(b_a, b_b):
-    """b_a b_b in fp32, where one is an fp32 sum that the product takes in the other's dtype: fp16 ends at 65504."""
-    if b_a.dtype == tl.float16:
-        factor = tl.maximum(tl.max(tl.abs(b_b)) / 16384.0, 1.0)
-        b_product = tl.dot(b_a, (b_b / factor).to(b_a.dtype)) * factor
-    elif b_b.dtype == tl.float16:
-        factor = tl.maximum(tl.max(tl.abs(b_a)) / 16384.0, 1.0)
-        b_product = tl.dot((b_a / factor).to(b_b.dtype), b_b) * factor
-    elif b_b.dtype == tl.float32:
-        b_product = tl.dot(b_a, b_b.to(b_a.dtype), input_precision="ieee")
+    """b_a b_b in fp32, where one is an fp32 sum that the product takes in the other's dtype."""
+    if b_b.dtype == tl.float32:
+        b_b, factor = narrow(b_b, b_a.dtype)
     else:
-        b_product = tl.dot(b_a.to(b_b.dtype), b_b, input_precision="ieee")
-    return b_product
+        b_a, factor = narrow(b_a, b_b.dtype)
+    return tl.dot(b_a, b_b, input_precision="ieee") * factor
 
 
 @triton.jit
@@ -294,7 +304,7 @@ def within_safe(
     return b_within
 
 
-@triton.jit(do_not_specialize=["T", "N", "BH"])
+@triton.jit(do_not_specialize=["T", "N", "BH", "slots"])
 def gate_grads(
     p_rows, p_dg, p_states, p_grads, p_entry, p_exits, p_d_exit, p_g, p_before, p_after, p_pieces, T, N, BH, slots,
     H: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

@@ -7,10 +7,12 @@ entry when it is first needed and writes it into the table in use: see :mod:`las
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
-from dataclasses import astuple, dataclass
+import re
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,9 +49,10 @@ class Plan:
 
 KERNELS = ("states", "o", "dq", "dv", "dk")
 DECAYS = ("none", "fixed", "token", "channel")
-ARCHITECTURES = (80, 90, 100)  # smallest compute capability that each part of the table is for
+ARCHITECTURES = (80, 90, 100)  # that the shipped table has; sm_80 also stands for all but Hopper and B200
 DIMS = (64, 128, 256)  # largest of K and V that each part of the table is for
 SHIPPED = Path(__file__).with_name("tiles.json")
+_NAME = re.compile(r"fp32|sm_\d+ D=(64|128|256) (none|fixed|token|channel) (few|many)( fp32)?")
 _MANY_TOKENS = 1 << 16  # B * H * T below which programs are too few for a device, so they share less
 
 
@@ -58,7 +61,7 @@ class Entry:
     """What one entry of the table is for; ``str`` of it is the entry's name.
 
     Attributes:
-        arch: one of ``ARCHITECTURES``.
+        arch: compute capability, as 90.
         dim: one of ``DIMS``.
         decay: one of ``DECAYS``.
         many: whether B * H * T fills a device.
@@ -80,48 +83,74 @@ class TileTable:
 
     Attributes:
         path: the table in use, into which measured entries go.
-        measured: names of the entries that this process has measured.
+        measured: names of the entries that need no measuring: those of the user's table, and those of this process.
     """
 
     def __init__(self, path: Path):
+        own = _read(path) if path != SHIPPED and path.exists() else {}
         self.path = path
-        self.measured: set[str] = set()
-        self._entries = _read(SHIPPED) | (_read(path) if path.exists() else {})
+        self.measured: set[str] = set(own)
+        self._entries = _read(SHIPPED) | own
 
     def tiles(self, entry: Entry) -> dict[str, Tile]:
-        """The tile of each of ``KERNELS``; fp32 has one shipped entry for all."""
-        return self._entries["fp32" if entry.wide and str(entry) not in self._entries else str(entry)]
+        """The tile of each of ``KERNELS``: what was measured on this architecture, else what is shipped for its kind.
+
+        fp32 has one shipped entry for all.
+        """
+        if str(entry) in self._entries:
+            return self._entries[str(entry)]
+        return self._entries["fp32" if entry.wide else str(replace(entry, arch=_family(entry.arch)))]
+
+    def check_writable(self) -> None:
+        """Raise a ValueError if no entry could be stored."""
+        if not os.access(self.path.parent, os.W_OK) or self.path.is_dir():
+            raise ValueError(f"LASP_AUTOTUNE=1 cannot write the tile table {self.path}. Point LASP_TILES elsewhere.")
 
     def store(self, entry: Entry, tiles: dict[str, Tile]) -> None:
         """Take a measured entry and write it into the file, in one piece, beside what others wrote meanwhile."""
         self._entries[str(entry)] = tiles
         self.measured.add(str(entry))
-        entries = (_read(self.path) if self.path.exists() else {}) | {str(entry): tiles}
-        lines = [f" {json.dumps(n)}: {json.dumps({k: astuple(t) for k, t in e.items()})}" for n, e in entries.items()]
-        scratch = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        scratch.replace(self.path)
-
-
-def _fits(tiles: dict[str, Tile]) -> bool:
-    together = tiles["dv"], tiles["dk"]
-    alike = len({(t.warps, t.stages) for t in together}) == 1
-    return alike and all(min(astuple(t)) >= 1 and power_of_two(t.block) == t.block for t in tiles.values())
+        with open(self.path.with_name(self.path.name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            entries = (_read(self.path) if self.path.exists() else {}) | {str(entry): tiles}
+            rows = {name: json.dumps({k: astuple(t) for k, t in e.items()}) for name, e in entries.items()}
+            text = ",\n".join(f" {json.dumps(name)}: {row}" for name, row in rows.items())
+            scratch = self.path.with_name(self.path.name + ".new")
+            scratch.write_text("{\n" + text + "\n}\n")
+            scratch.replace(self.path)
 
 
 def _read(path: Path) -> dict[str, dict[str, Tile]]:
     try:
         entries = json.loads(path.read_text())
-        found = {name: {kernel: Tile(*tile[kernel]) for kernel in KERNELS} for name, tile in entries.items()}
-        legal = all(_fits(tiles) for tiles in found.values())
-    except (ValueError, TypeError, KeyError, AttributeError):
+        found = {name: {kernel: Tile(*tiles[kernel]) for kernel in KERNELS} for name, tiles in entries.items()}
+        legal = all(_NAME.fullmatch(name) and _fits(tiles) for name, tiles in found.items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         legal = False
     if not legal:
+        name = Entry(90, 128, "token", True, False)
         raise ValueError(
-            f"the tile table {path} must map each entry to {{kernel: [block, warps, stages]}} for {KERNELS}, blocks "
-            "powers of two from 16, dv and dk alike in warps and stages. Mend it, or point LASP_TILES elsewhere."
+            f"the tile table {path} must map names such as '{name}' to {{kernel: [block, warps, stages]}} for "
+            f"{KERNELS}: "
+            "blocks from 16 to 256 and warps to 16 powers of two, 1 to 8 stages, dv and dk alike in warps and stages. "
+            "Mend it, or point LASP_TILES elsewhere."
         )
     return found
+
+
+def _fits(tiles: dict[str, Tile]) -> bool:
+    powers = (16, 32, 64, 128, 256)
+    for tile in tiles.values():
+        if not all(type(x) is int for x in astuple(tile)):
+            return False
+        if tile.block not in powers or tile.warps not in (1, 2, 4, 8, 16) or tile.stages not in range(1, 9):
+            return False
+    return astuple(tiles["dv"])[1:] == astuple(tiles["dk"])[1:]
+
+
+def _family(arch: int) -> int:
+    """Whose shipped tiles serve: others than Hopper and B200 have neither their tensor cores nor their memory."""
+    return {9: 90, 10: 100}.get(arch // 10, 80)
 
 
 def autotuned() -> bool:
@@ -134,6 +163,8 @@ def autotuned() -> bool:
 
 @functools.cache
 def _table(path: str | None) -> TileTable:
+    if path and not Path(path).exists() and not autotuned():
+        raise ValueError(f"LASP_TILES names {path}, which does not exist. LASP_AUTOTUNE=1 would make it.")
     return TileTable(Path(path) if path else SHIPPED)
 
 
@@ -158,9 +189,8 @@ def superchunk(decay: int, tokens: int) -> int:
 
 def entry(arch: int, dtype: torch.dtype, key_dim: int, value_dim: int, decay: int, tokens: int) -> Entry:
     """What of the table serves a call; ``arch`` is the compute capability, as 90, or 0: the interpreter."""
-    known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
     dim = next(d for d in DIMS if d >= max(key_dim, value_dim))
-    return Entry(known, dim, DECAYS[decay], tokens >= _MANY_TOKENS, dtype.itemsize == 4)
+    return Entry(arch, dim, DECAYS[decay], tokens >= _MANY_TOKENS, dtype.itemsize == 4)
 
 
 def plan(arch: int, dtype: torch.dtype, key_dim: int, value_dim: int, decay: int, tokens: int) -> Plan:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lasp.chains import ChainPlan
 from lasp.exchange import EXCHANGES
-from lasp.kernels.segments import SegmentTable
+from lasp.kernels.segments import SegmentTable, to_device
 from lasp.layout import Segment, SequenceLayout
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class CPContext:
 
     def on_device(self, values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Numbers of the host plan as a tensor, copied once: indexing with a list would stall the device every time."""
-        return self.remember((values, dtype, device), lambda: torch.tensor(values, dtype=dtype, device=device))
+        return self.remember((values, dtype, device), lambda: to_device(torch.tensor(values, dtype=dtype), device))
 
     def segment_table(self, device: torch.device) -> SegmentTable:
         """Chunk and tile tables of this rank's segments for the kernels."""

@@ -124,7 +124,7 @@ class _LinearAttention(torch.autograd.Function):
         o = op.finish(entry, entered)
 
         ctx.exchange, ctx.options, ctx.kept_gates = exchange, (causal, scale), op.kept_gates
-        ctx.operator = operator
+        ctx.operator, ctx.layout = operator, cp.layout
         ctx.save_for_backward(q, k, v, g, maps.state, maps.log_decay, entry, *op.saved)
         ctx.initial_dtype = None if initial is None else initial_state.dtype
         return o, None if finals is None else _public_state(finals, cp)
@@ -136,6 +136,10 @@ class _LinearAttention(torch.autograd.Function):
         q, k, v, g, state, log_decay, entry, *saved = ctx.saved_tensors
         (causal, scale), exchange, maps = ctx.options, ctx.exchange, StateMap(state, log_decay)
         cp, plan = exchange.cp, exchange.plan
+        if cp.layout is not ctx.layout:
+            raise ValueError(
+                "the layout of cp was replaced between forward and backward: replace_layout must follow the backward."
+            )
         exits = state if entry is None or not causal else transition(maps, entry) + state
         d_final = None if d_final is None else _by_document(d_final, cp, state.dtype)
         known = {"saved": saved, "kept_gates": ctx.kept_gates, "entry": entry, "exits": exits, "do": do}
@@ -311,7 +315,7 @@ def _check_gate(g: Tensor, q: Tensor, causal: bool, impl: str) -> None:
         raise ValueError(f"g must be on q's device {q.device}, got {g.device}. Move it first.")
     if g.is_cuda:  # no host sync; the kernels look at g of tokens as they read it
         if impl != "triton" or g.dim() == 1:
-            torch._assert_async((g <= 0).all(), "g must be a log-decay <= 0")
+            torch._assert_async(~(g > 0).any(), "g must be a log-decay <= 0")
     elif (g > 0).any():
         raise ValueError(
             f"g must be a log-decay, <= 0 everywhere, got a maximum of {g.max():.4g}. Pass log(decay), as in "

@@ -139,13 +139,13 @@ def compare_with_torch(_group, cases: list[Case]) -> list[tuple[dict[str, float]
     return [(errors(case), errors(case, chunked)) for case in cases]
 
 
-def refusal(_group, dtype: torch.dtype, dim: int) -> str:
+def refusal(_group, dtype: torch.dtype, dim: int, scale: float) -> str:
     """The message of the ValueError that these inputs cause."""
     from lasp.kernels import lightning
 
     x = torch.zeros(1, 4, 1, dim, dtype=dtype)
     try:
-        lightning.Forward(x, x, x, None, SegmentTable([(0, 4)], x.device), True, 1.0)
+        lightning.Forward(x, x, x, None, SegmentTable([(0, 4)], x.device), True, scale)
     except ValueError as error:
         return str(error)
     return ""
@@ -188,31 +188,54 @@ def rounding(_group, case: Case, dtype: torch.dtype, device: str = "cpu", shippe
     return {n: ((found[n].double() - exact[n]).norm() / size).item() for n, size in sizes.items()}
 
 
-def large_states(_group, gate: str) -> float:
-    """Relative error of o in fp16 where states and scores are larger than fp16 holds and o is not."""
-    from lasp.kernels import lightning
+def large_values(_group, gate: str, decay: float, sizes: tuple[float, float, float]) -> dict[str, float]:
+    """Relative errors in fp16 where states, scores or weighted inputs exceed what fp16 holds and results do not."""
+    from lasp import linear_attention
 
     torch.manual_seed(0)
-    q, k, v = (torch.rand(1, 150, 2, 16).mul_(size).half() for size in (1.0, 300.0, 60.0))
-    g = {"none": None, "token": torch.full((1, 150, 2), -1e-3), "channel": torch.full((1, 150, 2, 16), -1e-3)}[gate]
-    scale, table = 1e-3, SegmentTable([(0, 150)], q.device)
-    forward = lightning.Forward(q, k, v, g, table, True, scale)
-    exits = forward.state_maps().state
-    o = forward.finish(None).double()
-    want, _ = recurrence(*(None if x is None else x.double() for x in (q, k, v, g)), scale=scale)
-    assert exits.max() > 65504 and want.max() < 65504
-    return ((o - want).norm() / want.norm()).item()
+    draw = (lambda *shape: torch.rand(*shape)) if sizes[2] > 1 else torch.randn
+    q, k, v = ((draw(1, 150, 2, 16) * size).half().requires_grad_() for size in sizes)
+    shapes = {"none": None, "token": (1, 150, 2), "channel": (1, 150, 2, 16)}
+    g = None if gate == "none" else torch.full(shapes[gate], decay)
+    do, scale = torch.randn(1, 150, 2, 16).half() * 1e-2, 1e-3
+    o, _ = linear_attention(q, k, v, g, scale=scale, impl="triton")
+    found = o, *torch.autograd.grad(o, (q, k, v), do)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want, _ = recurrence(*wide, None if g is None else g.double(), scale=scale)
+    exact = want, *torch.autograd.grad(want, wide, do.double())
+    return {n: ((x.double() - y).norm() / y.norm()).item() for n, x, y in zip(("o", "dq", "dk", "dv"), found, exact)}
 
 
-def illegal_gates(_group, gate: str, value: float) -> tuple[int, int]:
-    """How many decays that are not <= 0 the kernels count, in all and in the third superchunk of head 1 alone."""
+def illegal_gates(_group, gate: str, value: float) -> tuple[int, int, bool]:
+    """How many growing gates the kernels count: in all, and in the third superchunk of head 1; is o finite."""
     from lasp.kernels import lightning
 
     x = Case(gate, borders=(0, 700)).inputs()
     q, k, v, g = (x[n].float() for n in "qkvg")
     g[:, 600, 1] = value
-    illegal = lightning.Forward(q, k, v, g, SegmentTable([(0, 700)], q.device), True, 1.0).illegal
-    return illegal.sum().item(), illegal[0, 1, 2].item()
+    forward = lightning.Forward(q, k, v, g, SegmentTable([(0, 700)], q.device), True, 1.0)
+    forward.state_maps()
+    finite = forward.finish(None).isfinite().all().item()
+    return forward.illegal.sum().item(), forward.illegal[0, 1, 2].item(), finite
+
+
+def replaced_too_early(_group) -> tuple[float, str]:
+    """Difference after a first use in inference mode; the error of a backward whose layout is gone."""
+    from lasp import CPContext, linear_attention
+
+    x = torch.randn(1, 300, 1, 8).requires_grad_()
+    cp = CPContext.local((0, 100, 300), replaceable=True)
+    with torch.inference_mode():
+        linear_attention(x, x, x, cp=cp, impl="triton", output_final_state=True)
+    cp.replace_layout((0, 200, 300))
+    o, _ = linear_attention(x, x, x, cp=cp, impl="triton")
+    fresh, _ = linear_attention(x, x, x, cp=CPContext.local((0, 200, 300)), impl="triton")
+    cp.replace_layout((0, 1, 300))
+    try:
+        o.sum().backward()
+    except ValueError as error:
+        return (o - fresh).abs().max().item(), str(error)
+    return float("nan"), "no error"
 
 
 def replaced_layout(_group, gate: str) -> list[dict[str, float]]:

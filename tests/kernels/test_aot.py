@@ -27,6 +27,7 @@ def test_every_shipped_tile_for_hopper_compiles_within_its_budget(tmp_path):
         assert row["tensor_cores"] == ("wgmma" if products else "-"), row
     assert {row["case"] for row in hopper} == {"none", "fixed", "learned", "token", "channel", "bidirectional"}
     everything = {row["kernel"].split()[0] for row in hopper}
+    assert {"o", "o fresh", "o safe", "o safe fresh", "local_states rev"} <= {row["kernel"] for row in hopper}
     for arch in (80, 100):
         assert {row["kernel"].split()[0] for row in rows if row["arch"] == arch} == everything
 
@@ -39,7 +40,7 @@ def test_what_exceeds_its_budget_is_a_fault():
     assert faults(launch, Usage(255, 8, 0, "wgmma"), 90) == ["spill 8 B > 0 B"]
     assert faults(Launch("", "dkdv", (), (), (), ()), Usage(255, 64, 0, "wgmma"), 90) == []
     assert faults(Launch("", "dkdv", (), (), (), ()), Usage(255, 72, 0, "wgmma"), 90) == ["spill 72 B > 64 B"]
-    assert faults(launch, Usage(255, 8, SHARED_BYTES[80] + 1, "mma"), 80) == ["shared memory 166913 > 166912"]
+    assert faults(launch, Usage(255, 8, SHARED_BYTES[80] + 1, "mma"), 80) == ["shared memory 101377 > 101376"]
     row = {"arch": 90, "dim": 128, "case": "none", "kernel": "o", "chunk": 64, "block": 64, "warps": 4, "stages": 2}
     assert line(row | {"fault": "does not compile: why"}).endswith("does not compile: why")
 
@@ -67,13 +68,21 @@ def test_a_fault_ends_with_an_error(monkeypatch, capsys):
     assert "1 of 1 kernels do not fit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--arch", "70"], ["--cases", "scalar"]])
+@pytest.mark.parametrize("arguments", [["--arch", "70"], ["--cases", "scalar"], ["--arch", "sm_90"]])
 def test_unknown_selections_are_refused(arguments, capsys):
     from lasp.kernels import aot
 
     with pytest.raises(SystemExit) as refused:
         aot.main(arguments)
     assert refused.value.code == 2 and "--arch takes (80, 90, 100), --cases ('none'" in capsys.readouterr().err
+
+
+def test_unknown_kernels_are_refused(capsys):
+    from lasp.kernels import aot
+
+    with pytest.raises(SystemExit) as refused:
+        aot.main(["--arch", "90", "--cases", "none", "--kernels", "nosuch"])
+    assert refused.value.code == 2 and "--kernels takes dkdv, dkdv fresh, dq" in capsys.readouterr().err
 
 
 def test_the_table_in_the_docs_is_that_of_the_recorded_run():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def tune_with_fake_times(_group, path, asked, fastest):
         return 1.0 if tile == fastest else 2.0
 
     order = list(autotune.candidates(asked)) * len(autotune.PASSES)
-    with mock.patch.dict(os.environ, LASP_TILES=path):
+    with mock.patch.dict(os.environ, LASP_TILES=path, LASP_AUTOTUNE="1"):
         cpu = torch.device("cpu")
         tiles = autotune.tune(asked, cpu, measure, heads=1, length=40, dtype=torch.float32)
         tile_table().store(asked, tiles)
@@ -58,7 +59,8 @@ def test_a_measured_entry_stands_before_the_shipped_one_and_beside_others(tmp_pa
     table = TileTable(path)
     table.store(ASKED, mine)
     TileTable(path).store(other, mine)
-    assert set(json.loads(path.read_text())) == {str(ASKED), str(other)} and [*tmp_path.iterdir()] == [path]
+    assert set(json.loads(path.read_text())) == {str(ASKED), str(other)}
+    assert TileTable(path).measured == {str(ASKED), str(other)} and not TileTable(triton_tiles.SHIPPED).measured
     monkeypatch.setenv("LASP_TILES", str(path))
     assert plan(90, torch.bfloat16, 64, 64, 2, 1000).tiles == mine
     assert plan(90, torch.bfloat16, 64, 64, 1, 1000).tiles == TileTable(triton_tiles.SHIPPED).tiles(
@@ -89,19 +91,71 @@ def test_no_block_is_wider_than_its_result():
     }
 
 
-ODD_BLOCK = {name: [48, 4, 2] for name in KERNELS}
-TWO_WIDTHS = {name: [32, 4, 2] for name in KERNELS} | {"dk": [32, 8, 2]}  # of one launch
+NAME = str(ASKED)
+
+
+def tiles(**changes):
+    return json.dumps({NAME: {name: [32, 4, 2] for name in KERNELS} | changes})
 
 
 @pytest.mark.parametrize(
     "text",
-    ["[1]", "{", '{"x": {"o": [16, 4, 2]}}', '{"x": 3}', *(json.dumps({"x": e}) for e in (ODD_BLOCK, TWO_WIDTHS))],
+    [
+        "[1]",
+        "{",
+        json.dumps({NAME: {"o": [16, 4, 2]}}),
+        json.dumps({NAME: 3}),
+        tiles().replace("sm_90", "sm90"),
+        tiles(o=[48, 4, 2]),
+        tiles(o=[512, 4, 2]),
+        tiles(o=[32, 3, 2]),
+        tiles(o=[32, 4, 9]),
+        tiles(o=[32, True, 2]),
+        tiles(o=[32, 8.0, 2]),
+        tiles(dk=[32, 8, 2]),  # dv and dk are one launch
+    ],
 )
 def test_a_table_that_does_not_fit_is_named(tmp_path, text):
     path = tmp_path / "tiles.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=f"the tile table {path} must map each entry"):
+    with pytest.raises(ValueError, match=f"the tile table {path} must map names such as"):
         TileTable(path)
+
+
+def test_a_table_that_cannot_be_read_or_written_is_named_before_anything_is_measured(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="the tile table"):
+        TileTable(tmp_path)
+    with pytest.raises(ValueError, match="cannot write the tile table"):
+        TileTable(tmp_path / "no folder" / "tiles.json").check_writable()
+    monkeypatch.setenv("LASP_TILES", str(tmp_path / "tiles.json"))
+    with pytest.raises(ValueError, match="which does not exist"):
+        tile_table()
+    monkeypatch.setenv("LASP_AUTOTUNE", "1")
+    tile_table().check_writable()
+
+
+def store_many(path, first):
+    for i in range(first, 36, 2):
+        dim, decay, many = DIMS[i % 3], DECAYS[i % 4], i % 2 == 0
+        TileTable(path).store(Entry(i, dim, decay, many, False), dict.fromkeys(KERNELS, Tile(32, 4, 2)))
+
+
+def test_processes_that_measure_side_by_side_keep_each_others_entries(tmp_path):
+    path = tmp_path / "tiles.json"
+    with get_context("spawn").Pool(2) as pool:
+        pool.starmap(store_many, [(path, 0), (path, 1)])
+    assert len(json.loads(path.read_text())) == 36
+
+
+@pytest.mark.parametrize(("arch", "kind"), [(0, 80), (80, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80)])
+def test_a_card_takes_the_shipped_tiles_of_its_kind_or_its_own_measured_ones(tmp_path, arch, kind):
+    table, own = TileTable(tmp_path / "tiles.json"), dict.fromkeys(KERNELS, Tile(16, 1, 1))
+    asked = entry(arch, torch.bfloat16, 128, 128, 0, 1 << 20)
+    assert table.tiles(asked) == table.tiles(Entry(kind, 128, "none", True, False))
+    table.store(asked, own)
+    assert table.tiles(asked) == own
+    others = [Entry(a, 128, "none", True, False) for a in (80, 86, 90, 100, 121) if a != arch]
+    assert arch in (80, 90, 100) or all(table.tiles(other) != own for other in others)
 
 
 def test_a_switch_that_means_nothing_is_refused(monkeypatch):

@@ -92,12 +92,13 @@ def test_a_decay_of_minus_infinity_starts_afresh(interpreters, gate):
     [
         (torch.float64, 16, "impl='triton' takes q, k, v in bfloat16, float16 or float32, got torch.float64"),
         (torch.float32, 257, "impl='triton' takes head dims up to 256, got K = 257"),
+        (torch.float32, 16, "impl='triton' takes a scale of 0 or of 1e-30 and more in size, got -1e-39"),
     ],
 )
 def test_what_the_kernels_cannot_serve_is_refused(interpreters, dtype, dim, message):
     from tests.kernels.lightning_cases import refusal
 
-    assert interpreters.run(refusal, dtype, dim, size=1)[0].startswith(message)
+    assert interpreters.run(refusal, dtype, dim, -1e-39, size=1)[0].startswith(message)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -125,19 +126,30 @@ def test_sixteen_bits_cost_about_one_rounding(interpreters, gate, dtype):
             assert error <= 4**0.5 * 12**-0.5 * torch.finfo(dtype).eps, f"{case} {name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("gate", ["none", "token", "channel"])
-def test_states_beyond_the_range_of_fp16_serve_it(interpreters, gate):
-    from tests.kernels.lightning_cases import large_states
+@pytest.mark.parametrize(
+    ("gate", "g", "sizes"),
+    [
+        ("none", 0.0, (1.0, 300.0, 60.0)),  # states beyond 65504
+        ("token", -1e-3, (1.0, 300.0, 60.0)),
+        ("channel", -1e-3, (1.0, 300.0, 60.0)),
+        ("channel", -0.2, (1.0, 300.0, 1.0)),  # k, or q, beyond it relative to the middle of a chunk
+        ("channel", -0.2, (100.0, 1.0, 1.0)),
+        ("channel", -0.2, (64.0, 64.0, 1.0)),
+    ],
+)
+def test_what_leaves_the_range_of_fp16_on_the_way_serves_it(interpreters, gate, g, sizes):
+    from tests.kernels.lightning_cases import large_values
 
-    assert interpreters.run(large_states, gate, size=1)[0] <= torch.finfo(torch.float16).eps
+    for name, error in interpreters.run(large_values, gate, g, sizes, size=1)[0].items():
+        assert error <= 2 * torch.finfo(torch.float16).eps, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("value", [0.5, float("nan")])
 @pytest.mark.parametrize(("gate", "count"), [("token", 1), ("channel", 16)])
-def test_growing_gates_are_counted_where_they_are_read(interpreters, gate, count, value):
+def test_growing_gates_are_counted_where_they_are_read_and_nan_goes_through(interpreters, gate, count):
     from tests.kernels.lightning_cases import illegal_gates
 
-    assert interpreters.run(illegal_gates, gate, value, size=1)[0] == (count, count)
+    assert interpreters.run(illegal_gates, gate, 0.5, size=1)[0] == (count, count, True)
+    assert interpreters.run(illegal_gates, gate, float("nan"), size=1)[0] == (0, 0, False)
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -146,6 +158,13 @@ def test_another_layout_takes_the_place_of_the_first(interpreters, gate):
 
     for differences in interpreters.run(replaced_layout, gate, size=1)[0]:
         assert max(differences.values()) == 0.0, differences
+
+
+def test_a_layout_may_be_replaced_after_inference_and_not_before_the_backward(interpreters):
+    from tests.kernels.lightning_cases import replaced_too_early
+
+    difference, message = interpreters.run(replaced_too_early, size=1)[0]
+    assert difference == 0.0 and message.startswith("the layout of cp was replaced between forward and backward")
 
 
 @pytest.mark.gpu
