@@ -98,7 +98,9 @@ def poisoned_memory():
     def poisoned(make):
         def wrapper(*args, **kwargs):
             out = make(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() and not out.is_meta else out
+            if out.is_floating_point() and not out.is_meta:
+                out.detach().fill_(float("nan"))  # detached: it may be a leaf that requires grad
+            return out
 
         return wrapper
 

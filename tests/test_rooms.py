@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "lasp", "parallel", "launch")  # each may import those to its left
-GUESTS = {"megatron": None, "deepspeed": None, "ray": None, "fla": None, "tokenizers": "launch/tokenizer.py"}
+MEGATRON = ROOT / "parallel" / "megatron"  # subclasses its modules, so each file imports it
+GUESTS = {"deepspeed": None, "ray": None, "fla": None, "tokenizers": "launch/tokenizer.py"}
 
 
 def modules(room):
@@ -94,6 +95,15 @@ def test_optional_dependencies_enter_through_one_adapter_inside_functions(guest)
         assert {door for door, _ in doors} == {GUESTS[guest]}
 
 
+def test_megatron_has_a_folder_of_its_own():
+    for room in ROOMS:
+        for path in modules(room):
+            for module, at_top in imports(path):
+                own = path.is_relative_to(MEGATRON)
+                assert own or module.split(".")[0] != "megatron", path
+                assert own or not (module.startswith("lasp.parallel.megatron") and at_top), path
+
+
 def test_the_reference_is_the_oracle_and_no_fast_path():
     users = {p.name for room in ROOMS for p in modules(room) for m, _ in imports(p) if m == "lasp.kernels.reference"}
     assert users <= {"linear.py"}, users  # impl="reference"
@@ -109,6 +119,8 @@ for name in ("triton", "yaml", "rich", "click", "pydantic", "matplotlib", "safet
 import torch
 started = time.perf_counter()
 import lasp, lasp.kernels
+sys.modules["megatron"] = None
+import lasp.parallel
 assert all(getattr(lasp, name).__name__.endswith(name) for name in lasp.__all__)
 print(time.perf_counter() - started)
 """

@@ -1,0 +1,229 @@
+"""The ``core_attention`` of Megatron's SelfAttention: LASP-2 for linear layers, LASP-2H for softmax layers.
+
+Megatron owns the projections, RoPE, tensor and pipeline parallelism; what lies between the projections is
+:class:`lasp.mixer.LinearMixer` or :func:`lasp.softmax_attention`, on this rank's heads and tokens. Under Megatron's
+activation recompute the forward message of a layer is sent again; the backward one never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from lasp.config import MixerConfig, ModelConfig
+from lasp.context import CPContext
+from lasp.mixer import LinearMixer
+from lasp.parallel.megatron.contexts import CPContexts, Order
+from lasp.parallel.megatron.refusals import check_call, check_core, check_mixer
+from lasp.softmax import softmax_attention
+
+TP_SHARDED = ("decay.bias", "decay.A_log")  # per head, so cut over TP along dim 0; the rest of a mixer is replicated
+
+
+class _CoreAttention(MegatronModule):
+    """What both cores share: Megatron's constructor and forward, which heads this rank has, the context of a batch.
+
+    Args:
+        config, layer_number, attn_mask_type, attention_type: as Megatron passes them; ``layer_number`` counts from 1
+            over all pipeline stages.
+        attention_dropout: must be None or 0, and so must ``config.attention_dropout``.
+        softmax_scale: factor of the scores of softmax; linear layers have ``mixer.scale``.
+        cp_comm_type: None, "p2p" or "all_gather": it chooses among TransformerEngine's exchanges and has no other
+            meaning here.
+        pg_collection: has ``tp`` and ``cp``; None: Megatron's own groups.
+        order: of the tokens, "zigzag" (Megatron's) or "contiguous"; None: that of ``contexts``, or zigzag.
+        contexts: shared with other layers; None: of this layer alone.
+
+    Raises:
+        ValueError: what the operators cannot do, see :mod:`lasp.parallel.megatron.refusals`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        order: Order | None = None,
+        contexts: CPContexts | None = None,
+        **unknown: Any,
+    ):
+        super().__init__(config=config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.layer_number, self.softmax_scale = layer_number, softmax_scale
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        check_core(config, attn_mask_type, attention_type, dropout, cp_comm_type, self.tp_group.size(), unknown)
+        if contexts is not None and order not in (None, contexts.order):
+            raise ValueError(f"order={order!r} must be that of contexts, {contexts.order!r}. Leave one of them out.")
+        self.contexts = CPContexts(order or "zigzag") if contexts is None else contexts
+        heads = config.num_attention_heads // self.tp_group.size()
+        self.heads = range(self.tp_group.rank() * heads, (self.tp_group.rank() + 1) * heads)
+        self.head_dim = config.kv_channels
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unknown: Any,
+    ) -> Tensor:
+        """Attend over the whole sequence, of which this rank has s tokens.
+
+        Args:
+            query: [s, b, heads / tp, width], or [s, heads / tp, width] packed.
+            key, value: [s, b, groups / tp, kv_channels], or [s, groups / tp, kv_channels] packed.
+            attention_mask, attention_bias: must be None.
+            attn_mask_type: causal.
+            packed_seq_params: documents in format thd.
+
+        Returns:
+            [s, b, heads / tp * kv_channels], or [s, heads / tp * kv_channels] packed.
+
+        Raises:
+            ValueError: what the operators cannot do, see :mod:`lasp.parallel.megatron.refusals`.
+        """
+        check_call(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params, unknown)
+        if packed_seq_params is not None:
+            cp = self.contexts.of_packed(packed_seq_params, query.shape[0], self.cp_group)
+            return self._attend(*(x.unsqueeze(0) for x in (query, key, value)), cp).squeeze(0)
+        cp = self.contexts.of_length(query.shape[0], self.cp_group)
+        return self._attend(*(x.transpose(0, 1) for x in (query, key, value)), cp).transpose(0, 1).contiguous()
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cp: CPContext) -> Tensor:
+        """q [B, T, heads, width] and k, v [B, T, groups, kv_channels] to [B, T, heads * kv_channels]."""
+        raise NotImplementedError
+
+
+class SoftmaxCoreAttention(_CoreAttention):
+    """Causal softmax attention whose keys and values, not expanded to the query heads, are gathered over CP.
+
+    Args:
+        window: keep the newest ``window`` keys; None: all.
+        others: see :class:`_CoreAttention`.
+    """
+
+    def __init__(self, *args: Any, window: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.window = window
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cp: CPContext) -> Tensor:
+        return softmax_attention(q, k, v, cp=cp, window=self.window, scale=self.softmax_scale).flatten(-2)
+
+
+class LinearCoreAttention(_CoreAttention):
+    """Linear attention on this TP rank's heads: one exchange of memory states over CP per direction.
+
+    Decays that depend on the token, and output gates, need projections of their own: with them the query is
+    ``[query | decay | gate]`` per head, which :class:`~lasp.parallel.megatron.attention.LinearSelfAttention` makes.
+
+    Args:
+        mixer: the options of the layer: a MixerConfig, its fields as a mapping, or a preset's name.
+        others: see :class:`_CoreAttention`.
+    """
+
+    def __init__(self, *args: Any, mixer: MixerConfig | Mapping[str, Any] | str = "basic", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = self.config
+        mixer = MixerConfig.from_dict(mixer)
+        check_mixer(mixer, config)
+        widths = {"expand_k": 1.0, "expand_v": 1.0, "key_dim": self.head_dim, "value_dim": self.head_dim}
+        model = ModelConfig(
+            vocab_size=1,
+            dim=config.hidden_size,
+            num_layers=config.num_layers,
+            heads=config.num_attention_heads,
+            mixer=replace(mixer, heads=config.num_attention_heads, **widths),
+            norm_eps=config.layernorm_epsilon,
+        )
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        place = {"device": device, "dtype": config.params_dtype}
+        self.mixer = _HeadMixer(model, self.layer_number - 1, **place, heads=self.heads)
+        self.tail_dims = (
+            self.mixer.decay.width if mixer.gate is not None else 0,
+            self.head_dim if mixer.out_gate != "none" else 0,
+        )
+        for name, parameter in self.mixer.named_parameters():
+            if name in TP_SHARDED:
+                tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        if config.perform_initialization:
+            self._init_parameters(model)
+
+    @property
+    def tail_dim(self) -> int:
+        """Width per head of what follows the query: the projected decay and gate."""
+        return sum(self.tail_dims)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """For distributed checkpoints: per-head parameters are cut over TP, the others replicated."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {f"mixer.{name}": 0 for name in TP_SHARDED},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
+
+    def _init_parameters(self, model: ModelConfig) -> None:
+        """Draw the values of all heads on every rank and keep one's own: the same model at any TP size."""
+        whole = LinearMixer(model, self.layer_number - 1, heads=range(model.mixer_heads))
+        for module in whole.modules():
+            if hasattr(module, "init_parameters"):
+                module.init_parameters()
+        values = dict(whole.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.mixer.named_parameters():
+                value = values[name]
+                if name in TP_SHARDED:
+                    value = value.unflatten(0, (model.mixer_heads, -1))[self.heads.start : self.heads.stop].flatten()
+                parameter.copy_(value)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cp: CPContext) -> Tensor:
+        if q.shape[-1] != self.head_dim + self.tail_dim:
+            raise ValueError(
+                f"query must have heads of kv_channels = {self.head_dim}, followed by {self.tail_dim} of projected "
+                f"decay and gate, got a width of {q.shape[-1]}. A mixer with decay='scalar' or 'channel' or an "
+                "out_gate needs LinearSelfAttention in place of SelfAttention: hybrid_layer_spec sets it."
+            )
+        q, decay, gate = (x.flatten(-2) for x in q.split([self.head_dim, *self.tail_dims], -1))
+        decay, gate = (x if width else None for x, width in zip((decay, gate), self.tail_dims, strict=True))
+        replicated = {
+            name: tensor_parallel.copy_to_tensor_model_parallel_region(parameter, group=self.tp_group)
+            for name, parameter in self.mixer.named_parameters()
+            if name not in TP_SHARDED  # each TP rank has the gradient of its heads: the sum is the gradient
+        }
+        o, _ = torch.func.functional_call(
+            self.mixer, replicated, (q, k.flatten(-2), v.flatten(-2), decay, gate, {}, cp)
+        )
+        return o
+
+
+class _HeadMixer(LinearMixer):
+    """A mixer whose host owns the projections: calling it is mixing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`lasp.mixer.LinearMixer.mix`."""
+        return self.mix(*args, **kwargs)
