@@ -24,14 +24,6 @@ def interpreters():
     pool.close()
 
 
-@pytest.fixture(scope="session")
-def gpt_ranks():
-    """Eight gloo ranks for Megatron's meshes."""
-    pool = RankPool(8)
-    yield pool
-    pool.close()
-
-
 @pytest.fixture(autouse=True)
 def _poison_and_seed():
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from lasp.context import CPContext
 from lasp.layout import SequenceLayout
 
 Order = Literal["zigzag", "contiguous"]
+KEPT_LENGTHS = 64  # a context in use lives on without being kept
 
 
 class CPContexts:
@@ -65,6 +66,8 @@ class CPContexts:
             )
         key = (group, length)
         if key not in self._whole:
+            if len(self._whole) == KEPT_LENGTHS:
+                self._whole.pop(next(iter(self._whole)))
             cut = SequenceLayout.zigzag if self.order == "zigzag" else SequenceLayout.contiguous
             self._whole[key] = _context(cut(length * size, size), group)
         return self._whole[key]
@@ -78,9 +81,16 @@ class CPContexts:
             ValueError: contiguous order; another format than thd; borders of keys that are not those of queries;
                 a cp_group of its own; borders that do not fit ``length`` or cannot be cut.
         """
-        borders = self._borders(packed, group)
-        known = self._packed.get(borders)
+        self._check_packed(packed, group)
+        borders, keys = packed.cu_seqlens_q_padded, packed.cu_seqlens_kv_padded
+        borders, keys = (packed.cu_seqlens_q, packed.cu_seqlens_kv) if borders is None else (borders, keys)
+        known = None if borders is None else self._packed.get(borders)
         if known is None or known[:2] != (borders._version, group):
+            if borders is None or (keys is not None and not torch.equal(borders, keys)):
+                raise ValueError(
+                    "packed_seq_params must have cu_seqlens_q, equal to cu_seqlens_kv: self-attention has one set of "
+                    f"documents, got {borders} and {keys}."
+                )
             layout = packed_layout(borders.tolist(), group.size())
             known = (borders._version, group, _context(layout, group))
             self._packed[borders] = known
@@ -92,8 +102,8 @@ class CPContexts:
             )
         return context
 
-    def _borders(self, packed: PackedSeqParams, group: dist.ProcessGroup) -> torch.Tensor:
-        """The tensor of padded document borders, checked as far as the host can without reading it."""
+    def _check_packed(self, packed: PackedSeqParams, group: dist.ProcessGroup) -> None:
+        """Refuse what the host can see without reading the borders."""
         if self.order != "zigzag" and group.size() > 1:
             raise ValueError(
                 f"packed_seq_params needs order='zigzag', got {self.order!r}: Megatron's RoPE rotates packed documents "
@@ -108,14 +118,6 @@ class CPContexts:
                 "packed_seq_params must not change the cp_group per batch: RoPE rotates with pg_collection.cp, ranks "
                 f"{_ranks(group)}, got {theirs}. Turn hybrid context parallelism off."
             )
-        q, kv = packed.cu_seqlens_q_padded, packed.cu_seqlens_kv_padded
-        q, kv = packed.cu_seqlens_q if q is None else q, packed.cu_seqlens_kv if kv is None else kv
-        if q is None or (kv is not None and kv is not q and not torch.equal(q, kv)):
-            raise ValueError(
-                "packed_seq_params must have cu_seqlens_q, equal to cu_seqlens_kv: self-attention has one set of "
-                f"documents, got {q} and {kv}."
-            )
-        return q
 
 
 def packed_layout(borders: list[int], cp_size: int) -> SequenceLayout:

@@ -5,7 +5,9 @@ Megatron asks for CUDA by name in places where any device would do. While :func:
 - devices named "cuda" are the CPU, ``Tensor.cuda()`` does nothing, nothing is pinned, there is nothing to synchronise;
 - the CUDA random generator is the CPU's, so dropout is not what it would be;
 - a CPU tensor says that it is a CUDA tensor where the optimizers ask for ``Tensor.type()``;
-- ``Tensor.float()`` leaves fp64 alone, so that a model can run in fp64 from end to end.
+- ``Tensor.float()`` leaves fp64 alone, so that a model can run in fp64 from end to end;
+- a checkpoint's writers report through a queue of this process: Megatron's needs a server process per rank, which the
+  daemons of a test pool may not start; they log no memory, which would need psutil.
 
 What it cannot show: streams, overlap, CUDA graphs, TransformerEngine, fp8.
 """
@@ -13,6 +15,8 @@ What it cannot show: streams, overlap, CUDA graphs, TransformerEngine, fp8.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import queue
 import warnings
 from unittest import mock
 
@@ -44,6 +48,7 @@ def megatron_on_cpu():
     """Megatron's modules find a "CUDA" device; see the top of this file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
         from megatron.core.tensor_parallel import random
 
     nothing = lambda *args, **kwargs: None  # noqa: E731
@@ -58,9 +63,12 @@ def megatron_on_cpu():
         (torch.cuda, "set_rng_state", set_state),
         (random, "_get_cuda_rng_state", state),
         (random, "_set_cuda_rng_state", set_state),
+        (filesystem_async, "_process_memory", lambda: 0),
+        (filesystem_async, "_get_write_results_queue", queue.Queue),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in patches:
             stack.enter_context(mock.patch.object(owner, name, replacement))
+        stack.enter_context(mock.patch.dict(multiprocessing.current_process()._config, daemon=False))
         stack.enter_context(_CudaIsCpu())
         yield

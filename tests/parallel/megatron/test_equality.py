@@ -25,7 +25,6 @@ def check(ranks, case):
     assert losses and found.keys() == lone.keys()
     tolerance = 1e-12 if case.dtype == torch.float64 else 5e-6
     worst = max((relative_error(g, lone[name]), name) for name, replicas in found.items() for g in replicas)
-    print(f"{case}: loss {max(relative_error(loss, lone_loss) for loss in losses):.1e}, {worst}")
     assert max(relative_error(loss, lone_loss) for loss in losses) <= tolerance
     assert worst[0] <= tolerance, worst[1]
     assert all(gradient.abs().max() > 0 for gradient in lone.values())
@@ -76,7 +75,11 @@ def test_interleaved_pipeline_with_data_parallelism(gpt_ranks, order):
 
 
 def test_more_context_parallel_ranks_than_heads(gpt_ranks):
-    check(gpt_ranks, Case(cp=8, pattern="LLLL", mixer=FIXED, packed=False, config={"num_attention_heads": 2}))
+    check(gpt_ranks, Case(cp=8, pattern="LLLL", mixer=FIXED, config={"num_attention_heads": 2}))
+
+
+def test_norms_of_queries_and_keys(gpt_ranks):
+    check(gpt_ranks, dataclasses.replace(FULL, mixer=CHANNEL, config={"qk_layernorm": True}))
 
 
 @pytest.mark.parametrize("order", ["zigzag", "contiguous"])
@@ -84,3 +87,9 @@ def test_more_context_parallel_ranks_than_heads(gpt_ranks):
 def test_one_message_per_linear_layer_direction_and_micro_batch(gpt_ranks, mixer, order):
     calls = check(gpt_ranks, Case(tp=2, pp=2, cp=2, pattern="L", mixer=mixer, order=order))
     assert calls == [{"all_gather": 2 * 2 * MICROBATCHES}] * 8  # 2 layers per stage, 2 directions
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recompute_repeats_the_forward_message_alone(gpt_ranks, recompute):
+    calls = check(gpt_ranks, Case(tp=2, pp=2, cp=2, pattern="L", recompute=recompute))
+    assert calls == [{"all_gather": 2 * 3 * MICROBATCHES}] * 8

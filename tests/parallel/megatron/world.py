@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Case:
     groups: int = 2
     window: int | None = None
     packed: bool = False
+    spread: bool = False  # micro-batches over data-parallel ranks; else each has all of them
+    distributed_optimizer: bool = False
     recompute: str | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -264,7 +266,7 @@ def prepare(case: Case) -> Chunks:
     config = make_config(case)
     config.finalize_model_grads_func = finalize_model_grads
     models = make_chunks(case, config)
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=case.config.get("distributed_optimizer", False))
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
     chunks = Chunks(DistributedDataParallel(config, ddp, model) for model in models)
     if case.order == "contiguous" and case.cp > 1:
         from lasp.parallel.megatron import ContiguousOrder
@@ -285,12 +287,14 @@ def run_step(case: Case, chunks: Chunks) -> torch.Tensor:
 
     for chunk in chunks:
         chunk.zero_grad_buffer()
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    own = batches(case)[rank::size] if case.spread else batches(case)
     rows = 1 if case.packed else BATCH
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(batches(case)) for _ in chunks] if len(chunks) > 1 else iter(batches(case)),
+        data_iterator=[iter(own) for _ in chunks] if len(chunks) > 1 else iter(own),
         model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=MICROBATCHES,
+        num_microbatches=len(own),
         seq_length=LENGTH,
         micro_batch_size=rows,
         forward_only=False,
@@ -298,17 +302,17 @@ def run_step(case: Case, chunks: Chunks) -> torch.Tensor:
     if not reports:
         return None
     total = torch.stack([report["loss"] for report in reports]).sum(0)
-    dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return total[0] / total[1]
 
 
-def gradients(chunks: Chunks) -> dict[str, tuple[int, int | None, torch.Tensor]]:
-    """By global name: this TP rank, the dimension that TP cuts, and the gradient."""
+def gather(chunks: Chunks, read: Callable[[nn.Parameter], torch.Tensor]) -> dict:
+    """By global name: this TP rank, the dimension that TP cuts, and what ``read`` finds of the parameter."""
     from megatron.core import parallel_state
 
     rank = parallel_state.get_tensor_model_parallel_rank()
     return {
-        global_name(chunk.module, name): (rank, cut(parameter), parameter.main_grad.clone())
+        global_name(chunk.module, name): (rank, cut(parameter), read(parameter).detach().clone())
         for chunk in chunks
         for name, parameter in chunk.named_parameters()
     }
@@ -320,24 +324,32 @@ def distributed_step(group, case: Case):
     chunks = prepare(case)
     with comm.record() as ledger:
         loss = run_step(case, chunks)
-    return loss, gradients(chunks), dict(ledger.calls)
+    return loss, gather(chunks, lambda p: p.main_grad), dict(ledger.calls)
+
+
+def lone_model(case: Case) -> nn.Module | None:
+    """The model of a mesh of one, on rank 0."""
+    enter_mesh(case.alone())
+    return make_chunks(case.alone())[0] if dist.get_rank() == 0 else None
+
+
+def lone_loss(case: Case, model: nn.Module) -> torch.Tensor:
+    """The mean loss over all micro-batches."""
+    total = count = 0
+    for batch in batches(case):
+        given = {"labels": batch["labels"], "packed_seq_params": packing(case)}
+        losses = model(batch["tokens"], batch["position_ids"], None, **given)
+        total, count = total + (losses * batch["loss_mask"]).sum(), count + batch["loss_mask"].sum()
+    return total / count
 
 
 @on_cpu
 def lone_step(group, case: Case):
-    """(loss, gradients) of one process, by plain autograd: no schedule, no DDP. Rank 0 alone computes."""
-    case = case.alone()
-    enter_mesh(case)
-    if dist.get_rank() != 0:
+    """(loss, gradients) of one process, by plain autograd: no schedule, no DDP."""
+    model = lone_model(case)
+    if model is None:
         return None
-    (model,) = make_chunks(case)
-    total = count = 0
-    for batch in batches(case):
-        losses = model(
-            batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packing(case)
-        )
-        total, count = total + (losses * batch["loss_mask"]).sum(), count + batch["loss_mask"].sum()
-    loss = total / count
+    loss = lone_loss(case, model)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
