@@ -74,6 +74,11 @@ def test_interleaved_pipeline_with_data_parallelism(gpt_ranks, order):
     check(gpt_ranks, Case(pp=2, vp=2, cp=2, mixer=TOKEN, order=order))
 
 
+@pytest.mark.parametrize("stages", [{"layout": "Et|tttL"}, {"layout": "Et|t|t|tL", "vp": 2}], ids=str)
+def test_uneven_stages(gpt_ranks, stages):
+    check(gpt_ranks, Case(pp=2, cp=4, mixer=TOKEN, pattern="LLS", **stages))
+
+
 def test_more_context_parallel_ranks_than_heads(gpt_ranks):
     check(gpt_ranks, Case(cp=8, pattern="LLLL", mixer=FIXED, config={"num_attention_heads": 2}))
 

@@ -20,11 +20,11 @@ def stage(settings, pattern=None, **place):
 
 def test_a_pattern_sets_the_frequency_and_a_frequency_the_pattern():
     settings = config(num_layers=6)
-    assert stage(settings, "LLS") == "LLSLLS"
+    assert stage(settings, "LLS", pp_rank=0) == "LLSLLS"
     assert settings.linear_attention_freq == [1, 1, 0, 1, 1, 0]
-    assert stage(settings) == "LLSLLS"
-    assert stage(config(num_layers=6, linear_attention_freq=4)) == "LLLSLL"
-    assert stage(config(num_layers=6, linear_attention_freq=4), "LLLS") == "LLLSLL"
+    assert stage(settings, pp_rank=0) == "LLSLLS"
+    assert stage(config(num_layers=6, linear_attention_freq=4), pp_rank=0) == "LLLSLL"
+    assert stage(config(num_layers=6, linear_attention_freq=4), "LLLS", pp_rank=0) == "LLLSLL"
 
 
 def test_stages_build_their_own_layers():
@@ -37,16 +37,10 @@ def test_stages_build_their_own_layers():
     assert built == {(0, 0): "LL", (0, 1): "SS", (1, 0): "LL", (1, 1): "SS"}
 
 
-def test_a_pipeline_layout_is_followed():
-    layout = {"pipeline_model_parallel_layout": "Et|ttt|tL", "pipeline_model_parallel_size": 3}
-    settings = config(num_layers=5, pipeline_dtype=torch.float32, **layout)
-    assert [stage(settings, "LLS", vp_stage=0, pp_rank=rank) for rank in range(3)] == ["L", "LSL", "L"]
-
-
 def test_layers_share_one_set_of_contexts():
     from lasp.parallel.megatron import hybrid_layer_spec
 
-    block = hybrid_layer_spec(config(), "LS")
+    block = hybrid_layer_spec(config(), "LS", pp_rank=0)
     cores = [layer.submodules.self_attention.submodules.core_attention for layer in block.layer_specs]
     assert len({id(spec.params["contexts"]) for spec in cores}) == 1
 

@@ -34,6 +34,7 @@ class Case:
     pp: int = 1
     cp: int = 1
     vp: int | None = None
+    layout: str | None = None  # which layers each stage has, where it is not the same number
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float64
     pattern: str = "LLSL"
@@ -49,7 +50,9 @@ class Case:
 
     def alone(self) -> Case:
         """The same model on a mesh of one."""
-        return dataclasses.replace(self, tp=1, pp=1, cp=1, vp=None, sequence_parallel=False, recompute=None)
+        return dataclasses.replace(
+            self, tp=1, pp=1, cp=1, vp=None, layout=None, sequence_parallel=False, recompute=None
+        )
 
 
 def on_cpu(fn):
@@ -101,6 +104,7 @@ def make_config(case: Case):
             "tensor_model_parallel_size": case.tp,
             "pipeline_model_parallel_size": case.pp,
             "virtual_pipeline_model_parallel_size": case.vp,
+            "pipeline_model_parallel_layout": case.layout,
             "context_parallel_size": case.cp,
             "sequence_parallel": case.sequence_parallel,
             "params_dtype": case.dtype,
