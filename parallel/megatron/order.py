@@ -39,10 +39,12 @@ class ContiguousOrder:
                     f"every attention layer must have order='contiguous', got {order} in layer {core.layer_number}. "
                     "Build the spec with hybrid_layer_spec(..., order='contiguous')."
                 )
-        if not cores:
-            raise ValueError("chunks must have attention layers of LASP, got none. Pass the GPTModel of this stage.")
-        self._group = cores[0].cp_group
         models = [m for chunk in chunks for m in chunk.modules() if hasattr(m, "position_embedding_type")]
+        if not models:
+            raise ValueError(
+                f"chunks must have GPTModels, got {[type(chunk).__name__ for chunk in chunks]}. Pass the stage's."
+            )
+        self._group = models[0].pg_collection.cp  # a stage may have no attention layer
         for model in models:
             self._adopt(model)
         for core in cores:

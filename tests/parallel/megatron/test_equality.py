@@ -79,6 +79,10 @@ def test_uneven_stages(gpt_ranks, stages):
     check(gpt_ranks, Case(pp=2, cp=4, mixer=TOKEN, pattern="LLS", **stages))
 
 
+def test_a_stage_without_attention_in_contiguous_order(gpt_ranks):
+    check(gpt_ranks, Case(pp=2, cp=4, layout="E|ttttL", mixer=TOKEN, order="contiguous"))
+
+
 def test_more_context_parallel_ranks_than_heads(gpt_ranks):
     check(gpt_ranks, Case(cp=8, pattern="LLLL", mixer=FIXED, config={"num_attention_heads": 2}))
 

@@ -225,6 +225,8 @@ def _owners(_, case):
     zigzag = prepare(dataclasses.replace(case, order="zigzag"))
     with pytest.raises(ValueError, match="every attention layer must have order='contiguous', got zigzag in layer 1"):
         ContiguousOrder(zigzag)
+    with pytest.raises(ValueError, match=r"chunks must have GPTModels, got \['TransformerBlock'\]"):
+        ContiguousOrder(prepare(case)[0].module.decoder)
     chunks = prepare(case)
     with pytest.raises(ValueError, match=r"tokens must have a sequence length .* cp_size = 2, got 7"):
         chunks.order.shard({"tokens": torch.zeros(1, 7)})
@@ -238,3 +240,20 @@ def _owners(_, case):
 
 def test_contiguous_order_owns_contiguous_layers_alone(gpt_ranks):
     gpt_ranks.run(_owners, CONTIGUOUS, size=8)
+
+
+@pytest.mark.parametrize("options", [{"position_embedding_type": "yarn"}, {"mtp_process": True}], ids=str)
+def test_contiguous_order_of_models_that_follow_zigzag(options):
+    from lasp.parallel.megatron import ContiguousOrder
+
+    model = torch.nn.Module()
+    for name, value in {
+        "position_embedding_type": "rope",
+        "pg_collection": SimpleNamespace(cp=Group(2)),
+        **options,
+    }.items():
+        setattr(model, name, value)
+    with pytest.raises(
+        ValueError, match=r"contiguous order serves .* without multi-token prediction, got '(yarn|rope)'"
+    ):
+        ContiguousOrder(model)
