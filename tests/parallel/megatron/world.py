@@ -194,7 +194,7 @@ def set_weights(chunk: nn.Module) -> None:
             if dim is not None:
                 shape[dim] *= size
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            value = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.2
+            value = torch.randn(shape, generator=generator) * 0.2  # fp32, so that models in fp32 and fp64 are equal
             if "norm" in name and name.endswith("weight"):
                 value += 1
             parameter.copy_(value if dim is None else value.chunk(size, dim)[rank])
