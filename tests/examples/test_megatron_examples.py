@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.parallel.megatron.test_refusals import Group, config
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "megatron_gpt.py"
 SMALL = "--layers 4 --hidden 32 --heads 4 --groups 2 --vocab 64 --seq-length 32 --global-batch 4 --lr 0.003"
@@ -88,3 +90,45 @@ def test_without_a_gpu_it_says_so_in_one_sentence():
         "Local rank 9 needs a CUDA device of its own, and this machine has 0 of them."
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The arguments that examples/pretrain_gpt.sh gives to torchrun, by name."""
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text(f'#!{sys.executable}\nimport os, sys\nprint(os.environ["PYTHONPATH"], *sys.argv, sep="\\n")\n')
+    torchrun.chmod(0o755)
+    place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MEGATRON": "Megatron-LM", "DATA": "text", "TOKENIZER": "own"}
+    script = [str(ROOT / "examples" / "pretrain_gpt.sh"), "--seed", "7"]
+    done = subprocess.run(script, env={**os.environ, **place}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path, _, *words = done.stdout.splitlines()
+    assert path.split(":")[0] == str(ROOT / "examples") and "Megatron-LM/pretrain_gpt.py" in words
+    starts = [i for i, word in enumerate(words) if word.startswith("--")] + [len(words)]
+    return {words[a]: words[a + 1 : b] for a, b in zip(starts, starts[1:], strict=False)}
+
+
+def test_layers_accept_the_options_of_the_command_line(command, monkeypatch):
+    """With heads of 8 channels and on one rank; every layer of the model is built."""
+    from types import SimpleNamespace
+
+    from megatron.core.transformer.spec_utils import import_module
+
+    assert command["--seed"] == ["7"] and command["--data-path"] == ["text"]
+    assert "--no-create-attention-mask-in-dataloader" in command
+    names = "num-layers num-attention-heads num-query-groups attention-dropout hidden-dropout context-parallel-size"
+    given = {name.replace("-", "_"): int(command[f"--{name}"][0]) for name in names.split()}
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    groups = SimpleNamespace(tp=Group(1), cp=Group(given["context_parallel_size"]), pp=Group(1))
+    settings = config(**given, hidden_size=8 * given["num_attention_heads"], cp_comm_type=command["--cp-comm-type"][0])
+    spec, layers = import_module(command["--spec"]), range(1, settings.num_layers + 1)
+    cores = [spec(config=settings, layer_number=n, pg_collection=groups).self_attention.core_attention for n in layers]
+    assert "".join(type(core).__name__[0] for core in cores) == "LLLS" * (len(cores) // 4)
+    assert int(command["--seq-length"][0]) % (2 * given["context_parallel_size"]) == 0
+
+
+def test_the_command_line_says_what_it_lacks():
+    environment = {name: value for name, value in os.environ.items() if name != "MEGATRON"}
+    script = [str(ROOT / "examples" / "pretrain_gpt.sh")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode and "MEGATRON: must be a checkout of Megatron-LM at core 0.16" in done.stderr
