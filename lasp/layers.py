@@ -79,6 +79,11 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """Angle per position of each pair of dimensions, fp64 [dim / 2]: ``theta ** (-2i / dim)``."""
+    return theta ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
+
+
 def rotary_angles(position_ids: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position times frequency, each [T, 1, dim / 2] in ``dtype``.
 
@@ -88,8 +93,7 @@ def rotary_angles(position_ids: Tensor, dim: int, theta: float, dtype: torch.dty
         theta: base of the frequencies ``theta ** (-2i / dim)``.
         dtype: of the result. Angles are fp64: at position 10^6 an fp32 angle is off by 0.06.
     """
-    exponent = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float64) / dim
-    angles = position_ids.double()[:, None] * theta**-exponent
+    angles = position_ids.double()[:, None] * rotary_frequencies(dim, theta, position_ids.device)
     return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
 
 

@@ -103,7 +103,6 @@ class _LinearAttention(torch.autograd.Function):
     @in_ieee
     def forward(ctx, q, k, v, g, initial_state, cp, causal, scale, output_final_state, operator):
         plan = cp.chain_plan(causal, output_final_state)
-        exchange = EXCHANGES[cp.exchange](cp, plan)
         op = operator.Forward(q, k, v, g, cp.segment_table(q.device), causal, scale)
         initial = None if initial_state is None else _by_document(initial_state, cp, op.dtype)  # [N, B, H, K, V]
         fixed = None if g is None or g.dim() > 1 else g.repeat_interleave(op.num_heads // g.shape[0])
@@ -111,14 +110,18 @@ class _LinearAttention(torch.autograd.Function):
         replaying = cp.tape is not None and cp.tape.replaying  # activations made again: the states are at hand
         alone = cp.cp_size == 1 or replaying  # no message to overlap: fewer passes
         maps = op.state_maps(local=alone)
-        if not replaying:
+        if replaying:
+            exchange, entry, finals = cp.tape.read()
+        else:
+            exchange = EXCHANGES[cp.exchange](cp, plan)
             exchange.start(_with_initial(maps, plan, initial), fixed)
         entered = _marked(plan.before, plan.begins if initial is not None else (), causal)
         if not alone:
             op.local(entered)
-        entry, finals = cp.tape.read() if replaying else exchange.wait(initial)
-        if cp.tape is not None and not replaying:
-            cp.tape.record(entry, finals)
+        if not replaying:
+            entry, finals = exchange.wait(initial)
+            if cp.tape is not None:
+                cp.tape.record(exchange, entry, finals)
         if not causal:
             entry = _document_totals(entry, maps.state, plan.before, cp)
         o = op.finish(entry, entered)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lasp.context import CPContext
+from lasp.exchange import StateExchange
 
 
 class ExchangeTape:
@@ -24,7 +25,7 @@ class ExchangeTape:
     """
 
     def __init__(self, outer: ExchangeTape | None = None) -> None:
-        self._entries: list[tuple[Tensor | None, Tensor | None]] = []
+        self._entries: list[tuple[StateExchange, Tensor | None, Tensor | None]] = []
         self._next: int | None = None  # None while recording
         self._outer = outer
 
@@ -33,24 +34,25 @@ class ExchangeTape:
         """Whether the next exchange is to be read from here."""
         return self._next is not None or (self._outer is not None and self._outer.replaying)
 
-    def record(self, entry: Tensor | None, finals: Tensor | None) -> None:
-        """Keep what an exchange brought."""
-        self._entries.append((entry, None if finals is None else finals.clone()))  # the caller may change final states
+    def record(self, exchange: StateExchange, entry: Tensor | None, finals: Tensor | None) -> None:
+        """Keep what an exchange brought, and itself: the backward pass needs the transitions that it gathered."""
+        kept = None if finals is None else finals.clone()  # the caller may change final states
+        self._entries.append((exchange, entry, kept))
         if self._outer is not None:
-            self._outer.record(entry, finals)
+            self._outer.record(exchange, entry, finals)
 
-    def read(self) -> tuple[Tensor | None, Tensor | None]:
-        """What the same exchange brought in the first run."""
+    def read(self) -> tuple[StateExchange, Tensor | None, Tensor | None]:
+        """The exchange of the first run, and what it brought."""
         if self._next is None:
-            entry, finals = self._outer.read()
-            self._entries.append((entry, finals))
+            exchange, entry, finals = self._outer.read()
+            self._entries.append((exchange, entry, finals))
         else:
-            entry, finals = self._entries[self._next]
+            exchange, entry, finals = self._entries[self._next]
             self._next += 1
-        return entry, None if finals is None else finals.clone()
+        return exchange, entry, None if finals is None else finals.clone()
 
 
-class _Attached:
+class AttachedTape:
     """While entered, exchanges under ``cp`` are recorded on ``tape``, or replayed from its first one on.
 
     Entered once per run of the checkpointed call: with a retained graph its forward runs again in every backward.
@@ -76,5 +78,5 @@ def recompute(fn: Callable, *args, cp: CPContext | None):
     if cp is None:
         return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
     tape = ExchangeTape(outer=cp.tape)
-    contexts = lambda: (_Attached(tape, cp, replay=False), _Attached(tape, cp, replay=True))  # noqa: E731
+    contexts = lambda: (AttachedTape(tape, cp, replay=False), AttachedTape(tape, cp, replay=True))  # noqa: E731
     return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

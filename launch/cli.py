@@ -50,7 +50,7 @@ def train(config: str, overrides: tuple[str, ...], **sizes: int | None) -> None:
 
     run = load_config(config, _with_aliases(overrides, **sizes))
     job = Job.from_environment()
-    num_ranks = run.cp_size * (run.dp_size or 1)
+    num_ranks = run.tp_size * run.pp_size * run.cp_size * (run.dp_size or 1)
     if job is None and run.launcher == "torchrun":
         raise ValueError(
             f"launcher=torchrun, but no job is in the environment. Run: torchrun --nproc-per-node {num_ranks} "
@@ -69,13 +69,18 @@ def train(config: str, overrides: tuple[str, ...], **sizes: int | None) -> None:
 @cli.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--pp", type=int, help="Same as pp_size=N, with backend=megatron.")
+@click.option("--tp", type=int, help="Same as tp_size=N, with backend=megatron.")
 @click.option("--cp", "cp_size", type=int, help="Ranks to compare with one; default: the configuration's, at least 2.")
-def verify(config: str, overrides: tuple[str, ...], cp_size: int | None) -> None:
-    """Check that the model of CONFIG gives the same loss and gradients on one rank and on several."""
+def verify(config: str, overrides: tuple[str, ...], cp_size: int | None, **sizes: int | None) -> None:
+    """Check that the model of CONFIG gives the same loss and gradients on one rank and on several.
+
+    With backend=megatron the several run Megatron, over tp x pp x cp, and the one runs the native model.
+    """
     from lasp.launch.schema import load_config
     from lasp.launch.verify import verify as compare
 
-    run = load_config(config, list(overrides))
+    run = load_config(config, _with_aliases(overrides, **sizes))
     sys.exit(compare(run, max(2, run.cp_size) if cp_size is None else cp_size))
 
 
@@ -127,12 +132,14 @@ def checkpoint() -> None:
 def inspect(path: str) -> None:
     """Verify every byte of a checkpoint and say what it holds."""
     from lasp.parallel import checkpoint as checkpoints
+    from lasp.parallel.shards import model_tensors
 
     saved = checkpoints.load(checkpoints.find(Path(path)))
-    parameters = sum(tensor.numel() for tensor in saved.tensors["model"].values())
+    model = model_tensors(saved)
+    parameters = sum(tensor.numel() for tensor in model.values())
     click.echo(f"{saved.path}: good")
     click.echo(f"step {saved.step}, {saved.state['data_position']:,} tokens seen, {parameters:,} parameters")
-    for name, tensor in saved.tensors["model"].items():
+    for name, tensor in model.items():
         click.echo(f"  {name:<44} {tuple(tensor.shape)!s:<16} {str(tensor.dtype).removeprefix('torch.')}")
 
 

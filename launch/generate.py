@@ -11,6 +11,7 @@ from lasp.generation import generate
 from lasp.launch.tokenizer import Tokenizer, load_tokenizer
 from lasp.model import LinearLlama
 from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.shards import model_tensors
 
 
 def load_model(path: str | Path) -> tuple[LinearLlama, Tokenizer]:
@@ -21,7 +22,7 @@ def load_model(path: str | Path) -> tuple[LinearLlama, Tokenizer]:
     """
     saved = checkpoints.load(checkpoints.find(Path(path)))
     model = LinearLlama(ModelConfig.from_dict(saved.state["model"]), device="meta")
-    model.load_state_dict(saved.tensors["model"], assign=True)
+    model.load_state_dict(model_tensors(saved), assign=True)
     return model, load_tokenizer(saved.state["tokenizer"], saved.extras.get("tokenizer.json"))
 
 

@@ -18,14 +18,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from lasp.config import MixerConfig, ModelConfig
+from lasp.launch.sections import (
+    CheckpointConfig,
+    Count,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MegatronConfig,
+    OptimizerConfig,
+    Positive,
+    Section,
+)
 from lasp.launch.token_files import STDLIB
 from lasp.launch.tokenizer import BYTES, load_tokenizer
 from lasp.launch.yaml_text import parse_yaml
 from lasp.parallel.files import reading
 
+MAX_TIMEOUT_S = 1e6  # beyond it a clock overflows
+MIN_TIMEOUT_S = 1.0  # processes of one job start further apart than less
 ALIASES = {"cp": "cp_size", "dp": "dp_size", "tp": "tp_size", "pp": "pp_size"}
 
 
@@ -35,94 +48,7 @@ def _path_of_a_run(value: Any) -> Path:
     return Path(value)
 
 
-def _yes_no_or_path(value: Any) -> bool | str:
-    if not isinstance(value, (bool, str)) or value == "":
-        raise ValueError(f"must be true, false or the path of a checkpoint, got {value!r}. Set one of them.")
-    return value
-
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-MAX_LR, MAX_TIMEOUT_S = 1e6, 1e6  # beyond these a float32 step or a clock overflows
-MIN_TIMEOUT_S = 1.0  # processes of one job start further apart than less
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
-
-class DataConfig(_Section):
-    """What to learn from.
-
-    Attributes:
-        source: ``stdlib`` (the running interpreter's standard library) or the prefix of a prepared .bin/.idx
-            pair.
-        tokenizer: ``bytes`` or a Hugging Face tokenizers JSON file.
-        seq_len: tokens of one packed sequence, over all cp ranks.
-        batch_size: sequences per optimizer step, over all ranks; above dp_size they are accumulated.
-        eval_fraction: share of the documents that is held out.
-        join_documents: treat each sequence as one document, whatever it was packed from.
-    """
-
-    source: str = STDLIB
-    tokenizer: str = BYTES
-    seq_len: Annotated[int, Field(ge=2)] = 16384
-    batch_size: Count = 1
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    join_documents: bool = False
-
-
-class OptimizerConfig(_Section):
-    """AdamW, linear warmup, cosine decay from ``lr`` to ``min_lr``. ``clip``: largest gradient norm, or null."""
-
-    lr: Annotated[Positive, Field(le=MAX_LR)] = 3e-3
-    min_lr: NonNegative = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)  # YAML has lists, no tuples
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.1
-    clip: Positive | None = 1.0
-
-
-class CheckpointConfig(_Section):
-    """Checkpoints in ``run_dir/checkpoints``.
-
-    Attributes:
-        every: steps between two; null: only at the end.
-        keep: how many to keep; null: all.
-        resume: true: continue from the newest good one; false: start over (older results are moved aside);
-            or the path of a checkpoint to continue from.
-    """
-
-    every: Count | None = None
-    keep: Count | None = 2
-    resume: Annotated[bool | str, BeforeValidator(_yes_no_or_path)] = True
-
-
-class EvalConfig(_Section):
-    """Held-out loss every so many steps (null: only at the end), over at most ``sequences`` sequences."""
-
-    every: Count | None = None
-    sequences: Count = 4
-
-
-class LogConfig(_Section):
-    """What a run leaves to read.
-
-    Attributes:
-        every_s: seconds between two lines where no terminal shows a progress bar.
-        tensorboard: write event files.
-        sample_tokens: length of the text that the trained model writes at the end; 0: none.
-    """
-
-    every_s: NonNegative = 5.0
-    tensorboard: bool = True
-    sample_tokens: Annotated[int, Field(ge=0)] = 200
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """A run. Top-level keys of the YAML file.
 
     Attributes:
@@ -130,6 +56,8 @@ class RunConfig(_Section):
         dtype: what the model computes in; master weights are fp32 (fp64 with float64).
         cp_size, dp_size: ranks per sequence, sequences in flight; dp_size null: from the number of ranks, 1 if
             local.
+        tp_size, pp_size: tensor- and pipeline-parallel ranks, of backend megatron.
+        backend: ``native``, or ``megatron``: the same model on megatron-core, on CUDA devices.
         device: ``auto`` takes CUDA where every local rank gets a device of its own, else the CPU.
         layout, exchange: how a sequence is cut, how states travel.
         timeout_s: how long a rank waits for another one, at the start and in a collective.
@@ -157,6 +85,7 @@ class RunConfig(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    megatron: MegatronConfig = MegatronConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -174,9 +103,18 @@ class RunConfig(_Section):
     def _check(self) -> RunConfig:
         if self.engine not in ("ddp", "fsdp2"):
             raise ValueError(f"engine={self.engine} is not built yet; use engine=ddp or engine=fsdp2.")
-        for key, built in (("backend", "native"), ("tp_size", 1), ("pp_size", 1)):
-            if getattr(self, key) != built:
-                raise ValueError(f"{key}={getattr(self, key)} is not built yet; use {key}={built}.")
+        if self.backend == "native":
+            for key, only in (("tp_size", 1), ("pp_size", 1), ("megatron", MegatronConfig())):
+                if getattr(self, key) != only:
+                    raise ValueError(
+                        f"{key}={getattr(self, key)} has no effect with backend=native: set backend=megatron, or leave "
+                        f"{key} out."
+                    )
+        elif self.engine != "ddp":
+            raise ValueError(
+                f"engine={self.engine} has no effect with backend=megatron: leave engine out; Megatron's optimizer is "
+                f"set by megatron.distributed_optimizer = {self.megatron.distributed_optimizer}."
+            )
         if self.launcher == "ray":
             raise ValueError("launcher=ray is not built yet; use launcher=local or launcher=torchrun.")
         if not self.model.causal:
@@ -293,7 +231,7 @@ def _known_keys(owner: type) -> dict[str, type | None]:
         return {"preset": None} | {f.name: below.get(f.name) for f in dataclasses.fields(owner)}
     below = {"model": ModelConfig}
     for name, info in owner.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, _Section):
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
             below[name] = info.annotation
     return {name: below.get(name) for name in owner.model_fields}
 

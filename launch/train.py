@@ -20,15 +20,15 @@ import torch
 from torch.distributed import Store
 
 from lasp.launch import run_dir
+from lasp.launch.backends import backend_mesh, make_engine
 from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
 from lasp.launch.generate import load_model, sample_text
 from lasp.launch.rendezvous import Job, choose_device, process_group
 from lasp.launch.report import METRICS, PLOT, Report, peak_memory_bytes
 from lasp.launch.schema import RunConfig
 from lasp.launch.tokenizer import Tokenizer, fingerprint, load_tokenizer
-from lasp.model import LinearLlama
 from lasp.parallel import checkpoint as checkpoints
-from lasp.parallel.engine import Engine, OptimizerSettings, build_engine
+from lasp.parallel.engine import Engine
 from lasp.parallel.mesh import Mesh
 
 
@@ -48,10 +48,12 @@ def train(config: RunConfig) -> None:
             f"checkpoint.resume={config.checkpoint.resume} in a restarted job needs the launcher's store, to tell the "
             "job's own checkpoints from older ones. Unset TORCH_DISABLE_SHARE_RDZV_TCP_STORE, or use resume=true."
         )
-    with process_group(job, device, timeout) as store:
-        mesh = Mesh.build(config.cp_size, config.dp_size, device=device, timeout=timeout)
-        with run_dir.locked(config.run_dir, mesh):
-            _train(config, mesh, store)
+    with (
+        process_group(job, device, timeout) as store,
+        backend_mesh(config, device, timeout) as mesh,
+        run_dir.locked(config.run_dir, mesh),
+    ):
+        _train(config, mesh, store)
 
 
 def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
@@ -72,9 +74,7 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
         held_out_stream = PackedStream(file, held_out, None, config.model.vocab_size)
         eval_batches, unmeasured = plan.eval_batches(held_out_stream, config.eval.sequences, mesh)
 
-    # Model and engine: the same initial values at every number of ranks.
-    model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed)).to(mesh.device)
-    engine = build_engine(config.engine, model, mesh, _optimizer_settings(config), config.torch_dtype)
+    engine = make_engine(config, mesh)
     position, notes = _resume(config, engine, mesh, tokenizer, store)
 
     report = Report(config, engine.step_count, active=mesh.is_first)
@@ -135,10 +135,6 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
         report.say(f"\nsample\n{_printable(text)}")
 
 
-def _optimizer_settings(config: RunConfig) -> OptimizerSettings:
-    return OptimizerSettings(steps=config.steps, **config.optimizer.model_dump())
-
-
 def _printable(text: str) -> str:
     """Text without the control characters that an untrained model writes and a terminal obeys."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -158,7 +154,7 @@ def _resume(
     found: list[checkpoints.Checkpoint] = []
     notes: list[str] = []
 
-    def read() -> dict[str, Any] | None:
+    def read() -> tuple[dict[str, Any], str] | None:
         resume = run_dir.resume_from(config, store)
         if isinstance(resume, str):
             found.append(checkpoints.load(checkpoints.find(Path(resume))))
@@ -167,20 +163,32 @@ def _resume(
         if not found:
             notes.extend(run_dir.claim(config, None, store))
             return None
+        _check_same_backend(found[0], config)
         checkpoints.check_same_model(found[0], _architecture(config), engine.shapes)
         _check_same_tokenizer(found[0], tokenizer)
         notes.extend(_changes(found[0].state["config"], config.portable()))
         notes.extend(run_dir.claim(config, found[0], store))
-        return found[0].state
+        return found[0].state, str(found[0].path)
 
-    state = mesh.on_first(read)
-    if state is None:
+    accepted = mesh.on_first(read)
+    if accepted is None:
         return 0, notes
-    tensors = found[0].tensors if found else {}
-    engine.load(state["step"], tensors.get("model"), tensors.get("optimizer"))
+    state, path = accepted
+    tensors = found[0].tensors if found else None
+    engine.restore(state["step"], tensors, Path(path))
     random_state = tensors["optimizer"]["random_state"] if found else torch.get_rng_state()
     torch.set_rng_state(mesh.broadcast(random_state.to(mesh.device)).cpu())
     return state["data_position"], notes
+
+
+def _check_same_backend(checkpoint: checkpoints.Checkpoint, config: RunConfig) -> None:
+    theirs = checkpoint.state.get("backend", "native")
+    if theirs != config.backend:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} was written by backend={theirs}, and this run has backend={config.backend}: "
+            "optimizer states are not exchanged between them. Use the same backend, another run_dir, or "
+            "checkpoint.resume=false."
+        )
 
 
 def _check_same_tokenizer(checkpoint: checkpoints.Checkpoint, tokenizer: Tokenizer) -> None:
@@ -217,6 +225,7 @@ def _save(config: RunConfig, engine: Engine, mesh: Mesh, tokenizer: Tokenizer, p
     """Write a checkpoint from the first rank; every rank learns whether it worked."""
     model = _architecture(config)
     state = {
+        "backend": config.backend,
         "data_position": position,
         "seed": config.seed,
         "model": model,
@@ -227,15 +236,15 @@ def _save(config: RunConfig, engine: Engine, mesh: Mesh, tokenizer: Tokenizer, p
         "config": config.portable(),
     }
     content = tokenizer.to_json()
-    tensors = {
-        "model": engine.model_tensors(),
-        "optimizer": {**engine.optimizer_tensors(), "random_state": torch.get_rng_state()},
-    }
+    directory, keep = config.run_dir / "checkpoints", config.checkpoint.keep
+    staged = Path(mesh.on_first(lambda: str(checkpoints.stage(directory, engine.step_count))))
+    tensors = engine.save(staged)
+    tensors["optimizer"] = {**tensors["optimizer"], "random_state": torch.get_rng_state()}
 
     def write() -> str:
         extras = {} if content is None else {"tokenizer.json": content}
-        directory, keep = config.run_dir / "checkpoints", config.checkpoint.keep
-        return str(checkpoints.save(directory, engine.step_count, tensors, state, keep=keep, extras=extras))
+        step = engine.step_count
+        return str(checkpoints.save(directory, step, tensors, state, keep=keep, extras=extras, staged=staged))
 
     return mesh.on_first(write)
 
@@ -257,8 +266,7 @@ def _derived(
     """Every number that follows from the configuration, said once."""
     model = config.model
     return {
-        "ranks": f"dp {mesh.dp_size} x cp {mesh.cp_size} = {mesh.world_size}, {mesh.device.type}, "
-        f"{torch.get_num_threads()} thread(s) each",
+        "ranks": f"{_grid(mesh)} = {mesh.world_size}, {mesh.device.type}, {torch.get_num_threads()} thread(s) each",
         "model": f"{engine.num_parameters:,} parameters, layers {model.layer_kinds}, width {model.dim}, "
         f"vocabulary {model.vocab_size}, {config.dtype}",
         "data": f"{documents - held_out:,} documents, {stream.epoch_tokens:,} tokens per epoch; {held_out} held out",
@@ -268,6 +276,12 @@ def _derived(
         "run": f"{config.steps} steps = {config.steps * plan.step_tokens:,} tokens = "
         f"{config.steps * plan.step_tokens / stream.epoch_tokens:.3g} epochs, in {config.run_dir}",
     }
+
+
+def _grid(mesh: Mesh) -> str:
+    """The sizes of the mesh: tp and pp where a model is cut."""
+    cut = f"pp {mesh.pp_size} x tp {mesh.tp_size} x " if mesh.copies > 1 else ""
+    return f"{cut}dp {mesh.dp_size} x cp {mesh.cp_size}"
 
 
 def _summary(

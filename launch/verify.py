@@ -20,12 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lasp.launch.backends import backend_mesh
 from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
 from lasp.launch.rendezvous import Job, choose_device, process_group
-from lasp.launch.schema import RunConfig, checked
+from lasp.launch.schema import MegatronConfig, RunConfig, checked
 from lasp.launch.tokenizer import load_tokenizer
 from lasp.layout import SequenceLayout
 from lasp.model import LinearLlama
+from lasp.parallel.gpt_traces import join_traces
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate, reduce_gradients
 
@@ -121,28 +123,36 @@ def explain(findings: list[Finding], layer_kinds: str) -> str | None:
 
 
 def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = print) -> int:
-    """Compare one rank with ``cp_size`` ranks of this machine; prints the report.
+    """Compare one rank with the ranks of a mesh on this machine; prints the report.
 
-    The configuration of any run will do. What it says of training, the engine first, takes no part.
+    The configuration of any run will do. What it says of training, the engine first, takes no part. With
+    ``backend: megatron`` the one rank still runs the native model.
+
+    Args:
+        config: its tp_size and pp_size are used, its dp_size is not.
+        cp_size: ranks that share the sequence.
 
     Returns:
         0 if everything is within its budget, else 1.
 
     Raises:
-        ValueError: the configuration does not fit; ``cp_size`` below 2.
+        ValueError: the configuration does not fit; one rank.
         RankFailure: a rank failed.
     """
     from lasp.launch.local import run_local
 
-    if cp_size < 2:
+    num_ranks = cp_size * config.tp_size * config.pp_size
+    if num_ranks < 2:
         raise ValueError(f"cp_size must be at least 2 to compare with one rank, got {cp_size}. Pass --cp 2.")
-    one = config.model_copy(update={"cp_size": 1, "dp_size": 1})
+    only = {"backend": "native", "tp_size": 1, "pp_size": 1, "cp_size": 1, "dp_size": 1, "megatron": MegatronConfig()}
+    one = config.model_copy(update=only)
     many = checked({**config.plain(), "cp_size": cp_size, "dp_size": 1}, f"--cp {cp_size}")
+    with tempfile.TemporaryDirectory(prefix="lasp-verify-") as directory:
+        run_local(many, num_ranks, "lasp.launch.verify:verify_rank", output=directory)
+        ranks = [load_file(Path(directory) / f"rank-{rank}.safetensors") for rank in range(num_ranks)]
+    parts = ranks if config.backend == "native" else _joined(ranks, many)
     truth = trace_config(one, torch.float64)
     single = trace_config(one, config.torch_dtype)
-    with tempfile.TemporaryDirectory(prefix="lasp-verify-") as directory:
-        run_local(many, cp_size, "lasp.launch.verify:verify_rank", output=directory)
-        parts = [load_file(Path(directory) / f"rank-{rank}.safetensors") for rank in range(cp_size)]
     batch, held_out = first_batches(one, Mesh.build())
     tokens = sum(held.cp.layout.total_tokens for held in held_out)
     if 0 < tokens < cp_size:
@@ -154,7 +164,9 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
     findings = compare(truth, single, parts, layout)
     say(_table(findings, layout, config))
     difference = explain(findings, config.model.layer_kinds)
-    say(f"FAIL: {difference}" if difference else f"PASS: cp = {cp_size} equals cp = 1 in every tensor.")
+    mesh = f"cp = {cp_size}" if num_ranks == cp_size else f"tp {config.tp_size} x pp {config.pp_size} x cp {cp_size}"
+    equal = "equals cp = 1" if config.backend == "native" else "on Megatron equals the native model on one rank"
+    say(f"FAIL: {difference}" if difference else f"PASS: {mesh} {equal} in every tensor.")
     return 1 if difference else 0
 
 
@@ -163,8 +175,7 @@ def verify_rank(config: RunConfig, output: str) -> None:
     job = Job.from_environment() or Job()
     device = choose_device(config.device, job)
     timeout = timedelta(seconds=config.timeout_s)
-    with process_group(job, device, timeout):
-        mesh = Mesh.build(config.cp_size, config.dp_size, device=device, timeout=timeout)
+    with process_group(job, device, timeout), backend_mesh(config, device, timeout) as mesh:
         trace = trace_config(config, config.torch_dtype, mesh)
         save_file(trace, Path(output) / f"rank-{mesh.rank}.safetensors")
 
@@ -172,7 +183,19 @@ def verify_rank(config: RunConfig, output: str) -> None:
 def trace_config(config: RunConfig, dtype: torch.dtype, mesh: Mesh | None = None) -> Trace:
     """The trace of the model and the first batch of ``config``, computed in ``dtype``."""
     mesh = Mesh.build(device=choose_device(config.device, Job())) if mesh is None else mesh
-    return trace_step(make_model(config, dtype, mesh), *first_batches(config, mesh), mesh)
+    model, batches = make_model(config, dtype, mesh), first_batches(config, mesh)
+    if config.backend == "native":
+        return trace_step(model, *batches, mesh)
+    from lasp.parallel.megatron import trace
+
+    options = {name: getattr(config.megatron, name) for name in ("virtual_stages", "sequence_parallel")}
+    return trace.trace_step(model, *batches, mesh, **options)
+
+
+def _joined(ranks: list[Trace], config: RunConfig) -> list[Trace]:
+    """One trace per cp rank from those of all ranks of a Megatron mesh."""
+    sequence_parallel = config.megatron.sequence_parallel
+    return join_traces(ranks, config.model, config.tp_size, config.cp_size, sequence_parallel=sequence_parallel)
 
 
 def make_model(config: RunConfig, dtype: torch.dtype, mesh: Mesh) -> LinearLlama:

@@ -3,13 +3,15 @@
     run_dir/checkpoints/step-00000200/
         model.safetensors        every parameter by name, in the master's dtype
         optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, and the random state
+        shards/                  in place of the tensors above: a distributed checkpoint of backend=megatron
         state.json               step, data position in global tokens, tokenizer, configurations of model and run, ...
         manifest.json            size and sha256 of each file above, written last
 
 A save goes to a temporary directory beside its place, is flushed to the disk, and is renamed; a crash at
 any moment leaves the older checkpoints untouched and at most a directory whose name no reader looks at.
 Nothing depends on the number of ranks. Tensors are safetensors and all else is JSON: reading a checkpoint
-runs no code of its author. The manifest finds damage; it is no signature.
+runs no code of its author. Shards are Megatron's format, whose index is a pickle: read those of people you trust.
+The manifest finds damage; it is no signature.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch import Tensor
 from lasp.parallel.files import reading, writing
 
 FORMAT, VERSION = "lasp-checkpoint", 1
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, SHARDS = "manifest.json", "state.json", "shards"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-"
 _STATE = {"step": int, "data_position": int, "model": dict, "config": dict, "tokenizer": str}  # what a run reads of it
@@ -47,7 +49,7 @@ class Checkpoint:
     Attributes:
         path: where it was read.
         state: the JSON part.
-        tensors: groups of tensors by file stem: ``model``, ``optimizer``.
+        tensors: groups of tensors by file stem: ``model``, ``optimizer``; no ``model`` where it is in shards.
         extras: other files by name, as bytes.
     """
 
@@ -70,6 +72,7 @@ def save(
     *,
     keep: int | None = None,
     extras: Mapping[str, bytes] | None = None,
+    staged: Path | None = None,
 ) -> Path:
     """Write ``directory/step-NNNNNNNN`` atomically, then delete all but the newest ``keep`` up to this step.
 
@@ -78,6 +81,7 @@ def save(
         state: what JSON can hold; ``step`` is added.
         keep: checkpoints to keep, this one included; those of later steps are left alone. None: all.
         extras: further files by name.
+        staged: a directory of :func:`stage` that already holds a part of the checkpoint.
 
     Returns:
         the checkpoint's directory.
@@ -88,7 +92,7 @@ def save(
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1, or None to keep all, got {keep}. Raise it.")
     with writing(directory / f"step-{step:08d}"):
-        final = _write(directory, step, tensors, state, extras or {})
+        final = _write(directory, step, tensors, state, extras or {}, staged)
         if keep is not None:
             for old in [path for path in list_checkpoints(directory) if step_of(path) <= step][:-keep]:
                 shutil.rmtree(_move_aside(old), ignore_errors=True)
@@ -101,12 +105,9 @@ def _write(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     extras: Mapping[str, bytes],
+    staged: Path | None,
 ) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = directory / f"{_TEMPORARY}step-{step:08d}-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
+    temporary = stage(directory, step) if staged is None else staged
     try:
         for group, members in tensors.items():
             # Views of one flat buffer share its storage, which the format does not hold: one copy per group.
@@ -115,10 +116,11 @@ def _write(
         for name, content in extras.items():
             (temporary / name).write_bytes(content)
         (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1, sort_keys=True))
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+        files = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in paths}
         manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             _flush_to_disk(path)
         final = directory / f"step-{step:08d}"
         replaced = _move_aside(final) if final.exists() else None
@@ -130,6 +132,17 @@ def _write(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
+
+
+def stage(directory: Path, step: int) -> Path:
+    """A new directory to write a checkpoint in, under a name that no reader looks at; what a crash left is removed."""
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = directory / f"{_TEMPORARY}step-{step:08d}-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+    return temporary
 
 
 def check_directory(directory: Path) -> None:
@@ -178,7 +191,7 @@ def verify(path: Path) -> dict[str, Any]:
         )
     for name, expected in manifest["files"].items():
         file = path / name
-        if Path(name).name != name or not file.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
             raise _damaged(path, f"{name} is missing")
         size = file.stat().st_size
         if size != expected["size"]:
@@ -201,11 +214,15 @@ def load(path: Path) -> Checkpoint:
     """
     with reading(path):
         names = verify(path)["files"]
-        for name in (STATE, *(f"{group}.safetensors" for group in ("model", "optimizer"))):
+        shards = {name for name in names if name.startswith(f"{SHARDS}/")}
+        for name in (
+            STATE,
+            *(f"{group}.safetensors" for group in ("model", "optimizer") if not shards or group != "model"),
+        ):
             if name not in names:
                 raise _damaged(path, f"{name} is missing")
         stems = {name: name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors")}
-        extras = {name: (path / name).read_bytes() for name in names if name not in {*stems, STATE}}
+        extras = {name: (path / name).read_bytes() for name in names if name not in {*stems, *shards, STATE}}
         try:
             state = json.loads((path / STATE).read_text())
             state["step"] = int(state["step"])
@@ -222,7 +239,7 @@ def _check_complete(path: Path, state: dict[str, Any], tensors: dict[str, dict[s
         if not isinstance(state.get(key), kind):
             what = f"{key!r} is {type(state[key]).__name__}, not {kind.__name__}," if key in state else f"no {key!r}"
             raise _damaged(path, f"{what} in {STATE}")
-    shapes = {f"{kind}.{name}": x.shape for kind in _MOMENTS for name, x in tensors["model"].items()}
+    shapes = {f"{kind}.{name}": x.shape for kind in _MOMENTS for name, x in tensors.get("model", {}).items()}
     for name, shape in [*shapes.items(), (_RANDOM, None)]:
         x = tensors["optimizer"].get(name)
         if x is None or (shape is not None and x.shape != shape):
@@ -280,7 +297,7 @@ def check_same_model(checkpoint: Checkpoint, model_config: Mapping[str, Any], sh
     differing += [
         f"tensor {name} is {saved.get(name, 'absent')} in the checkpoint and {shapes.get(name, 'absent')} here"
         for name in sorted({*saved, *shapes})
-        if saved.get(name) != shapes.get(name)
+        if saved and saved.get(name) != shapes.get(name)  # shards are read, and compared, by the engine
     ]
     if differing:
         shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")

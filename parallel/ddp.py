@@ -15,12 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lasp.parallel.engine import Engine, OptimizerSettings
+from lasp.parallel.engine import ModuleEngine, OptimizerSettings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import reduce_gradients
 
 
-class DataParallelEngine(Engine):
+class DataParallelEngine(ModuleEngine):
     """Trains a model whose parameters every rank holds; see :class:`lasp.parallel.engine.Engine`."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):

@@ -6,14 +6,17 @@ a data-parallel rank to all this. An engine says how gradients are collected, me
 
     ddp      every rank holds all parameters, gradients and optimizer states     lasp.parallel.ddp
     fsdp2    every rank holds its share of all three                             lasp.parallel.fsdp
+
+Megatron has parameters, schedules and optimizers of its own: lasp.parallel.megatron.engine.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +68,73 @@ class Engine(ABC):
     """Trains a model over the ranks of a mesh.
 
     Args:
-        model: in fp32, on its device; called as ``model(tokens, cp)`` for hidden states, ``output_weight``
-            is its output projection [vocab, dim]. The first rank's initial values are everybody's.
+        shapes: of every trained parameter, by name.
         mesh: the job.
         settings: the optimizer's.
-        dtype: what the model computes in: float32, bfloat16, or float64 (master copy in float64 too).
+        dtype: what the model computes in.
 
     Attributes:
         step_count: optimizer steps done.
-        shapes: of every trained parameter, by name.
+        num_parameters: trained parameters.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype
+    ):
+        self.shapes, self.mesh, self.settings, self.dtype = shapes, mesh, settings, dtype
+        self.step_count = 0
+        self.num_parameters = sum(math.prod(shape) for shape in shapes.values())
+
+    @abstractmethod
+    def step(self, batches: Sequence[Batch]) -> StepResult:
+        """One optimizer step over this rank's micro batches. Every rank brings equally many.
+
+        Raises:
+            ValueError: the step holds no label, on every rank.
+            FloatingPointError: the loss or the gradient is not finite, on every rank; parameters are as before.
+        """
+
+    @abstractmethod
+    def evaluate(self, batches: Sequence[Batch]) -> float | None:
+        """The loss over held-out batches, equal on all ranks; None where they hold no label."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds of this engine; all ranks call it.
+
+        Args:
+            folder: of the checkpoint that is being written, where an engine may leave files of its own.
+
+        Returns:
+            groups of whole tensors for the first rank to write; other ranks may return less.
+        """
+
+    @abstractmethod
+    def restore(self, step_count: int, tensors: Mapping[str, Mapping[str, Tensor]] | None, folder: Path) -> None:
+        """Continue from a checkpoint: the first rank brings its tensors, the others pass None."""
+
+    def _check_finite(self, loss: float, grad_norm: float, share: float) -> None:
+        """Refuse a step whose loss or gradient norm is not finite; ``share`` is this rank's of the loss."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        shares = self.mesh.gather(share)
+        guilty = [rank for rank, value in enumerate(shares) if not math.isfinite(value)]
+        where = f"first seen on rank(s) {guilty}" if guilty else "the loss itself is finite on every rank"
+        raise FloatingPointError(
+            f"step {self.step_count + 1}: loss {loss}, gradient norm {grad_norm}: not finite, {where}. "
+            "Training stopped before the update. Lower optimizer.lr, lengthen optimizer.warmup_steps or look "
+            "at the data of that step."
+        )
+
+
+class ModuleEngine(Engine):
+    """An engine around a module that computes on one rank: subclasses say how gradients are summed and applied.
+
+    Args:
+        model: in fp32, on its device; called as ``model(tokens, cp)`` for hidden states, ``output_weight``
+            is its output projection [vocab, dim]. The first rank's initial values are everybody's.
+        mesh, settings: see :class:`Engine`.
+        dtype: float32, bfloat16, or float64 (master copy in float64 too).
     """
 
     def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
@@ -82,26 +143,15 @@ class Engine(ABC):
                 f"dtype must be float32, bfloat16 or float64, got {dtype}: float16 would need loss scaling. "
                 "Set dtype to bfloat16."
             )
-        self.model, self.mesh, self.settings, self.dtype = model, mesh, settings, dtype
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__({name: tuple(p.shape) for name, p in named.items()}, mesh, settings, dtype)
+        self.model = model
         self.loss = LossModel(model)
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.step_count = 0
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.shapes = {name: tuple(p.shape) for name, p in named.items()}
         self.decayed = {name for name, p in named.items() if p.dim() > 1}  # norms, biases and gates do not decay
 
-    @property
-    def num_parameters(self) -> int:
-        """Trained parameters."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
-
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        """One optimizer step over this rank's micro batches. Every rank brings equally many.
-
-        Raises:
-            ValueError: the step holds no label, on every rank.
-            FloatingPointError: the loss or the gradient is not finite, on every rank; parameters are as before.
-        """
+        """See :meth:`Engine.step`."""
         count = count_labels([batch.labels for batch in batches], self.mesh)
         share = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for batch in batches:
@@ -112,7 +162,7 @@ class Engine(ABC):
         loss, grad_norm = self.mesh.sum(share.clone()).item(), norm.item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._zero_gradients()
-            self._raise_not_finite(loss, grad_norm, share.item())
+        self._check_finite(loss, grad_norm, share.item())
         clip = self.settings.clip
         lr = self.settings.lr_at(self.step_count)
         self._update(lr, clip / grad_norm if clip is not None and grad_norm > clip else 1.0)
@@ -121,11 +171,20 @@ class Engine(ABC):
         return StepResult(loss, grad_norm, lr, int(count))
 
     def evaluate(self, batches: Sequence[Batch]) -> float | None:
-        """The loss over held-out batches, equal on all ranks; None where they hold no label."""
+        """See :meth:`Engine.evaluate`."""
         self.model.eval()
         loss = evaluate(self.loss, batches, self.mesh)
         self.model.train()
         return loss
+
+    def save(self, folder: Path) -> dict[str, dict[str, Tensor]]:
+        """Groups ``model`` and ``optimizer``; no files."""
+        return {"model": self.model_tensors(), "optimizer": self.optimizer_tensors()}
+
+    def restore(self, step_count: int, tensors: Mapping[str, Mapping[str, Tensor]] | None, folder: Path) -> None:
+        """See :meth:`Engine.restore`."""
+        groups = (None, None) if tensors is None else (tensors["model"], tensors["optimizer"])
+        self.load(step_count, *groups)
 
     @abstractmethod
     def model_tensors(self) -> dict[str, Tensor]:
@@ -154,18 +213,10 @@ class Engine(ABC):
     def _zero_gradients(self) -> None:
         """Forget this step's gradients."""
 
-    def _raise_not_finite(self, loss: float, grad_norm: float, share: float) -> None:
-        shares = self.mesh.gather(share)
-        guilty = [rank for rank, value in enumerate(shares) if not math.isfinite(value)]
-        where = f"first seen on rank(s) {guilty}" if guilty else "the loss itself is finite on every rank"
-        raise FloatingPointError(
-            f"step {self.step_count + 1}: loss {loss}, gradient norm {grad_norm}: not finite, {where}. "
-            "Training stopped before the update. Lower optimizer.lr, lengthen optimizer.warmup_steps or look "
-            "at the data of that step."
-        )
 
-
-def build_engine(name: str, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype) -> Engine:
+def build_engine(
+    name: str, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype
+) -> ModuleEngine:
     """The engine called ``name``: ``ddp`` or ``fsdp2``.
 
     Raises:

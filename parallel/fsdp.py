@@ -16,13 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lasp.parallel.engine import Engine, OptimizerSettings
+from lasp.parallel.engine import ModuleEngine, OptimizerSettings
 from lasp.parallel.mesh import Mesh
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class ShardedEngine(Engine):
+class ShardedEngine(ModuleEngine):
     """Trains a model of which every rank holds a share; see :class:`lasp.parallel.engine.Engine`.
 
     The modules of ``model.layers``, if there are any, are gathered one by one, the rest as one.

@@ -36,6 +36,8 @@ class Mesh:
     Attributes:
         dp_size, cp_size: the grid.
         dp_rank, cp_rank: this rank's place in it.
+        tp_size, pp_size, tp_rank, pp_rank: where a model is cut too, as Megatron does it: tp ranks are neighbours, then
+            cp, dp, pp. All ranks of one (dp_rank, cp_rank) see the same tokens.
         ranks: the job's ranks in the default process group, in the order of the grid.
         world_group, dp_group, cp_group: process groups; None where it would hold one rank.
         device: where small control tensors live.
@@ -50,6 +52,10 @@ class Mesh:
     dp_group: dist.ProcessGroup | None
     cp_group: dist.ProcessGroup | None
     device: torch.device
+    tp_size: int = 1
+    pp_size: int = 1
+    tp_rank: int = 0
+    pp_rank: int = 0
 
     @classmethod
     def build(
@@ -99,12 +105,18 @@ class Mesh:
     @property
     def world_size(self) -> int:
         """Ranks of the job."""
-        return self.dp_size * self.cp_size
+        return self.dp_size * self.cp_size * self.copies
+
+    @property
+    def copies(self) -> int:
+        """Ranks that see the same tokens: tp_size * pp_size."""
+        return self.tp_size * self.pp_size
 
     @property
     def rank(self) -> int:
         """This rank's number in the grid."""
-        return self.dp_rank * self.cp_size + self.cp_rank
+        data_rank = (self.pp_rank * self.dp_size + self.dp_rank) * self.cp_size + self.cp_rank
+        return data_rank * self.tp_size + self.tp_rank
 
     @property
     def is_first(self) -> bool:

@@ -10,6 +10,7 @@ recompute and offloading treat what is in the query as the inputs of the core th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,7 @@ class LinearSelfAttention(SelfAttention):
 
     Args:
         config, layer_number, attn_mask_type, cp_comm_type, pg_collection: as Megatron passes them.
+        num_query_groups: key and value heads of this layer; None: the config's.
         submodules: with a LinearCoreAttention, or a spec of one, as ``core_attention``.
 
     Raises:
@@ -45,8 +47,12 @@ class LinearSelfAttention(SelfAttention):
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        num_query_groups: int | None = None,
     ):
         check_config(config)
+        if num_query_groups is not None:
+            config = copy.copy(config)
+            config.num_query_groups = num_query_groups
         submodules = replace(submodules, linear_qkv=self._widened(submodules.linear_qkv))
         super().__init__(config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection)
         self.linear_qkv_out_dim += config.num_attention_heads * self.core_attention.tail_dim

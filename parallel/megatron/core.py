@@ -23,12 +23,16 @@ from torch import Tensor
 
 from lasp.config import MixerConfig, ModelConfig
 from lasp.context import CPContext
+from lasp.features import init_normal
+from lasp.halo import short_convolution
 from lasp.mixer import LinearMixer
 from lasp.parallel.megatron.contexts import CPContexts, Order
-from lasp.parallel.megatron.refusals import check_call, check_core, check_mixer
+from lasp.parallel.megatron.layouts import LayoutParams
+from lasp.parallel.megatron.refusals import check_call, check_convolution, check_core, check_mixer
 from lasp.softmax import softmax_attention
 
-TP_SHARDED = ("decay.bias", "decay.A_log")  # per head, so cut over TP along dim 0; the rest of a mixer is replicated
+# of a mixer, per head, so cut over TP along dim 0; the rest of it is replicated
+TP_SHARDED = ("decay.bias", "decay.A_log", "conv_q", "conv_k", "conv_v")
 
 
 class _CoreAttention(MegatronModule):
@@ -97,7 +101,7 @@ class _CoreAttention(MegatronModule):
             key, value: [s, b, groups / tp, kv_channels], or [s, groups / tp, kv_channels] packed.
             attention_mask, attention_bias: must be None.
             attn_mask_type: causal.
-            packed_seq_params: documents in format thd.
+            packed_seq_params: documents in format thd, or :class:`~lasp.parallel.megatron.layouts.LayoutParams`.
 
         Returns:
             [s, b, heads / tp * kv_channels], or [s, heads / tp * kv_channels] packed.
@@ -105,12 +109,20 @@ class _CoreAttention(MegatronModule):
         Raises:
             ValueError: what the operators cannot do, see :mod:`lasp.parallel.megatron.refusals`.
         """
-        check_call(query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params, unknown)
-        if packed_seq_params is not None:
-            cp = self.contexts.of_packed(packed_seq_params, query.shape[0], self.cp_group)
+        thd = packed_seq_params is not None and not isinstance(packed_seq_params, LayoutParams)
+        check_call(query, key, value, attention_mask, attn_mask_type, attention_bias, thd, unknown)
+        length = query.shape[0]
+        if thd:
+            cp = self.contexts.of_packed(packed_seq_params, length, self.cp_group)
             return self._attend(*(x.unsqueeze(0) for x in (query, key, value)), cp).squeeze(0)
-        cp = self.contexts.of_length(query.shape[0], self.cp_group)
-        return self._attend(*(x.transpose(0, 1) for x in (query, key, value)), cp).transpose(0, 1).contiguous()
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        if packed_seq_params is None:
+            cp = self.contexts.of_length(length, self.cp_group)
+            return self._attend(query, key, value, cp).transpose(0, 1).contiguous()
+        cp = packed_seq_params.context(length, self.cp_group)
+        recomputes = self.training and self.config.recompute_granularity is not None
+        with packed_seq_params.tape(self.layer_number, recomputes):
+            return self._attend(query, key, value, cp).transpose(0, 1).contiguous()
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cp: CPContext) -> Tensor:
         """q [B, T, heads, width] and k, v [B, T, groups, kv_channels] to [B, T, heads * kv_channels]."""
@@ -149,6 +161,7 @@ class LinearCoreAttention(_CoreAttention):
         config = self.config
         mixer = MixerConfig.from_dict(mixer)
         check_mixer(mixer, config)
+        check_convolution(mixer, config, self.layer_number)
         widths = {"expand_k": 1.0, "expand_v": 1.0, "key_dim": self.head_dim, "value_dim": self.head_dim}
         model = ModelConfig(
             vocab_size=1,
@@ -189,7 +202,7 @@ class LinearCoreAttention(_CoreAttention):
 
     def _init_parameters(self, model: ModelConfig) -> None:
         """Draw the values of all heads on every rank and keep one's own: the same model at any TP size."""
-        whole = LinearMixer(model, self.layer_number - 1, heads=range(model.mixer_heads))
+        whole = _HeadMixer(model, self.layer_number - 1, heads=range(model.mixer_heads))
         for module in whole.modules():
             if hasattr(module, "init_parameters"):
                 module.init_parameters()
@@ -198,7 +211,9 @@ class LinearCoreAttention(_CoreAttention):
             for name, parameter in self.mixer.named_parameters():
                 value = values[name]
                 if name in TP_SHARDED:
-                    value = value.unflatten(0, (model.mixer_heads, -1))[self.heads.start : self.heads.stop].flatten()
+                    value = value.unflatten(0, (model.mixer_heads, -1))[self.heads.start : self.heads.stop].flatten(
+                        0, 1
+                    )
                 parameter.copy_(value)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cp: CPContext) -> Tensor:
@@ -215,15 +230,36 @@ class LinearCoreAttention(_CoreAttention):
             for name, parameter in self.mixer.named_parameters()
             if name not in TP_SHARDED  # each TP rank has the gradient of its heads: the sum is the gradient
         }
-        o, _ = torch.func.functional_call(
-            self.mixer, replicated, (q, k.flatten(-2), v.flatten(-2), decay, gate, {}, cp)
-        )
+        o, _ = torch.func.functional_call(self.mixer, replicated, (q, k.flatten(-2), v.flatten(-2), decay, gate, cp))
         return o
 
 
 class _HeadMixer(LinearMixer):
-    """A mixer whose host owns the projections: calling it is mixing."""
+    """A mixer whose host owns the projections: calling it is all that lies between them.
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`lasp.mixer.LinearMixer.mix`."""
-        return self.mix(*args, **kwargs)
+    The convolution's weights are apart for q, k and v, [h * width, conv_width] each, so that heads can be cut over TP.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, device=None, dtype=None, *, heads: range):
+        super().__init__(config, layer, device, dtype, heads=heads)
+        if self.options.conv_width:
+            widths = {"conv_q": self.key_dim, "conv_k": self.key_dim, "conv_v": self.value_dim}
+            for name, width in widths.items():
+                weight = torch.empty(len(heads) * width, self.options.conv_width, device=device, dtype=dtype)
+                self.register_parameter(name, torch.nn.Parameter(weight))
+
+    def init_parameters(self, generator: torch.Generator | None = None) -> None:
+        """The convolution, as :meth:`lasp.mixer.LinearMixer.init_parameters`."""
+        if self.options.conv_width:
+            for weight in (self.conv_q, self.conv_k, self.conv_v):
+                init_normal(weight, self.options.conv_width**-0.5, generator)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, gate: Tensor | None, cp: CPContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """q, k [B, T, h * K], v [B, T, h * V], projected; see :meth:`lasp.mixer.LinearMixer.mix`."""
+        if self.options.conv_width:
+            mixed, weight = torch.cat([q, k, v], -1), torch.cat([self.conv_q, self.conv_k, self.conv_v])
+            y = short_convolution(mixed, weight, activation=self.options.conv_activation, cp=cp)
+            q, k, v = y.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
+        return self.mix(q, k, v, decay, gate, {}, cp)

@@ -27,6 +27,7 @@ def layer_spec(
     *,
     mixer: MixerConfig | Mapping[str, Any] | str = "basic",
     window: int | None = None,
+    linear_query_groups: int | None = None,
     softmax_core: type | ModuleSpec | None = None,
 ) -> ModuleSpec:
     """A spec without a config, for ``--spec`` and wherever else one spec serves all layers and stages.
@@ -35,11 +36,18 @@ def layer_spec(
     from ``--transformer-impl``.
 
     Args:
-        pattern, mixer, window, softmax_core: see :func:`~lasp.parallel.megatron.specs.hybrid_layer_spec`, whose errors
-            are raised when a layer is built.
+        pattern, mixer, window, linear_query_groups, softmax_core: see
+            :func:`~lasp.parallel.megatron.specs.hybrid_layer_spec`, whose errors are raised when a layer is built.
     """
-    options = {"pattern": pattern, "mixer": mixer, "window": window, "softmax_core": softmax_core}
-    return ModuleSpec(HybridLayer, params={"options": options, "contexts": CPContexts("zigzag")})
+    options = {
+        "pattern": pattern,
+        "mixer": mixer,
+        "contexts": CPContexts("zigzag"),  # one for all layers
+        "window": window,
+        "linear_query_groups": linear_query_groups,
+        "softmax_core": softmax_core,
+    }
+    return ModuleSpec(HybridLayer, params={"options": options})
 
 
 class HybridLayer(TransformerLayer):
@@ -49,7 +57,6 @@ class HybridLayer(TransformerLayer):
         config, layer_number, pg_collection, vp_stage: as Megatron passes them; ``layer_number`` counts from 1 within
             this stage.
         options: of hybrid_layer_spec.
-        contexts: shared by all layers.
 
     Raises:
         ValueError: multi-token prediction; what hybrid_layer_spec refuses.
@@ -61,7 +68,6 @@ class HybridLayer(TransformerLayer):
         *,
         layer_number: int,
         options: Mapping[str, Any],
-        contexts: CPContexts,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         **others: Any,
@@ -83,8 +89,6 @@ class HybridLayer(TransformerLayer):
         layer = stage.layer_specs[layer_number - 1]
         place = {"layer_number": layer_number, "pg_collection": pg_collection, "vp_stage": vp_stage}
         super().__init__(config, layer.submodules, **place, **layer.params, **others)
-        if hasattr(self.self_attention.core_attention, "contexts"):
-            self.self_attention.core_attention.contexts = contexts  # those of its own stage spec serve one layer
 
 
 spec = layer_spec()

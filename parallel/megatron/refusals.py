@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -79,7 +78,6 @@ def check_mixer(mixer: MixerConfig, config: TransformerConfig) -> None:
         ("expand_k", (1.0,), "kv_channels sets the width"),
         ("expand_v", (1.0,), "kv_channels sets the width"),
         ("position", ("none",), "Megatron rotates q and k: set position_embedding_type, and no_rope_freq per layer"),
-        ("conv_width", (0,), "there is no convolution between Megatron's projection and the core"),
         ("gate_rank", (None,), "the decay is a part of the one fused projection"),
         ("out_gate_rank", (None,), "the gate is a part of the one fused projection"),
         ("causal", (True,), "Megatron's GPT is causal"),
@@ -89,6 +87,25 @@ def check_mixer(mixer: MixerConfig, config: TransformerConfig) -> None:
             raise ValueError(f"mixer.{name} must be {allowed[-1]!r} under Megatron, got {value!r}: {why}.")
 
 
+def check_convolution(mixer: MixerConfig, config: TransformerConfig, layer_number: int) -> None:
+    """Refuse a convolution behind Megatron's rotation, and one over keys that several query heads share."""
+    if not mixer.conv_width:
+        return
+    if config.num_query_groups != config.num_attention_heads:
+        raise ValueError(
+            f"mixer.conv_width = {mixer.conv_width} needs a key and value head per query head: num_attention_heads = "
+            f"{config.num_attention_heads}, num_query_groups = {config.num_query_groups}. Pass linear_query_groups = "
+            f"{config.num_attention_heads} to the spec, or set conv_width to 0."
+        )
+    frequency = config.no_rope_freq
+    if not frequency or not frequency[layer_number - 1]:
+        raise ValueError(
+            f"mixer.conv_width = {mixer.conv_width} needs config.no_rope_freq[{layer_number - 1}] = 1, got "
+            f"no_rope_freq = {frequency}: the convolution comes before a rotation, and Megatron's is before the core. "
+            "Set 1 for each linear layer, or conv_width to 0."
+        )
+
+
 def check_call(
     query: Tensor,
     key: Tensor,
@@ -96,7 +113,7 @@ def check_call(
     attention_mask: Tensor | None,
     attn_mask_type: AttnMaskType | None,
     attention_bias: Tensor | None,
-    packed_seq_params: PackedSeqParams | None,
+    thd: bool,
     unknown: Mapping[str, Any],
 ) -> None:
     """Refuse what a core cannot be called with."""
@@ -110,7 +127,7 @@ def check_call(
         )
     if attention_bias is not None:
         raise ValueError(f"attention_bias must be None, got shape {tuple(attention_bias.shape)}: no layer reads it.")
-    dims = 4 if packed_seq_params is None else 3
+    dims = 3 if thd else 4
     if query.dim() != dims:
         expected = "[s, b, heads, width] without" if dims == 4 else "[s, heads, width] with"
         raise ValueError(f"query must be {expected} packed_seq_params, got shape {tuple(query.shape)}.")

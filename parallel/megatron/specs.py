@@ -28,7 +28,9 @@ def hybrid_layer_spec(
     *,
     mixer: MixerConfig | Mapping[str, Any] | str = "basic",
     order: Order = "zigzag",
+    contexts: CPContexts | None = None,
     window: int | None = None,
+    linear_query_groups: int | None = None,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
     softmax_core: type | ModuleSpec | None = None,
@@ -46,7 +48,9 @@ def hybrid_layer_spec(
         mixer: the linear layers: a MixerConfig, its fields as a mapping, or a preset's name.
         order: of the tokens: "zigzag", as Megatron cuts batches, or "contiguous" with
             :class:`~lasp.parallel.megatron.order.ContiguousOrder`.
+        contexts: shared with layers of other calls, in the same order; None: of this call's layers.
         window: softmax layers read this many newest keys; None: all.
+        linear_query_groups: key and value heads of the linear layers; None: ``config.num_query_groups``.
         vp_stage, pp_rank: which stage; None: the only virtual one, and this rank's.
         softmax_core: another core_attention for the softmax layers, such as TEDotProductAttention; None: LASP-2H.
         use_transformer_engine: layers of TransformerEngine, or Megatron's local ones; None: TE where it is installed.
@@ -59,15 +63,19 @@ def hybrid_layer_spec(
     check_config(config)
     if config.linear_attention_freq is None:
         config.linear_attention_freq = [int(kind == "L") for kind in kinds]
-    linear = _linear_core(config, kinds, MixerConfig.from_dict(mixer), CPContexts(order))
-    softmax = _softmax_core(config, kinds, linear.params["contexts"], window, softmax_core)
+    contexts = CPContexts(order) if contexts is None else contexts
+    if contexts.order != order:
+        raise ValueError(f"order={order!r} must be that of contexts, {contexts.order!r}. Make both the same.")
+    linear = _linear_core(config, kinds, MixerConfig.from_dict(mixer), contexts)
+    softmax = _softmax_core(config, kinds, contexts, window, softmax_core)
     if use_transformer_engine is None:
         use_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
     options = {"use_transformer_engine": use_transformer_engine, "normalization": config.normalization}
     block = get_gpt_decoder_block_spec(config, **options, vp_stage=vp_stage, pp_rank=pp_rank)
+    groups = _linear_groups(config, kinds, linear_query_groups)
     mine = [kinds[i] for i in _stage_layers(config, vp_stage, pp_rank)]
     block.layer_specs = [
-        _layer(spec, linear if kind == "L" else softmax, kind)
+        _layer(spec, linear, {"num_query_groups": groups}) if kind == "L" else _layer(spec, softmax)
         for spec, kind in zip(block.layer_specs, mine, strict=True)
     ]
     return block
@@ -140,14 +148,25 @@ def _softmax_core(
     return core
 
 
-def _layer(spec: ModuleSpec, core: ModuleSpec | type, kind: str) -> ModuleSpec:
-    """A Megatron layer with another core, for linear layers in our SelfAttention."""
+def _linear_groups(config: TransformerConfig, kinds: str, groups: int | None) -> int | None:
+    """Key and value heads of the linear layers, where they are not the config's."""
+    if groups is not None and ("L" not in kinds or config.num_attention_heads % groups):
+        raise ValueError(
+            f"linear_query_groups must divide num_attention_heads = {config.num_attention_heads} of a model with "
+            f"linear layers, got {groups} for {kinds!r}. Leave it None."
+        )
+    return groups
+
+
+def _layer(spec: ModuleSpec, core: ModuleSpec | type, linear: Mapping[str, Any] | None = None) -> ModuleSpec:
+    """A Megatron layer with another core, in our SelfAttention if it is linear and has these options."""
     layer = copy.deepcopy(spec)
     attention = layer.submodules.self_attention
     attention.submodules.core_attention = core
     attention.params = {**attention.params, "attn_mask_type": AttnMaskType.causal}
-    if kind == "L":
+    if linear is not None:
         attention.module = LinearSelfAttention
+        attention.params |= linear
     return layer
 
 

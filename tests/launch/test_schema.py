@@ -58,10 +58,12 @@ WRONG = {
     "model.mixer={decay: none, causal: false}": "is an encoder",
     "data.tokenizer=absent.json": "'absent.json' is no file",
     "engine=zero3": "engine=zero3 is not built yet",
-    "backend=megatron": "backend=megatron is not built yet",
+    "backend=other": "backend should be 'native' or 'megatron', got 'other'",
+    "megatron.virtual_stages=1": "megatron.virtual_stages should be greater than or equal to 2, got 1",
+    "megatron.distributed_optimizer=false": "has no effect with backend=native: set backend=megatron",
     "launcher=ray": "launcher=ray is not built yet",
-    "tp=2": "tp_size=2 is not built yet",
-    "pp=2": "pp_size=2 is not built yet",
+    "tp=2": "tp_size=2 has no effect with backend=native: set backend=megatron, or leave tp_size out",
+    "pp=2": "pp_size=2 has no effect with backend=native: set backend=megatron, or leave pp_size out",
 }
 
 

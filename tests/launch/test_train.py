@@ -114,16 +114,16 @@ def test_a_changed_setting_is_mentioned_on_resume(tmp_path, finished, capsys):
 def _poison_and_train(group, path, overrides):
     from unittest import mock
 
-    from lasp.parallel.engine import Engine
+    from lasp.parallel.engine import ModuleEngine
 
-    original = Engine.step
+    original = ModuleEngine.step
 
     def step(self, batches):
         if self.step_count == 3 and self.mesh.rank == 1:
             self.model.output_weight.data[:] = math.nan
         return original(self, batches)
 
-    with mock.patch.object(Engine, "step", step):
+    with mock.patch.object(ModuleEngine, "step", step):
         try:
             _train_on_ranks(group, path, overrides)
         except FloatingPointError as error:

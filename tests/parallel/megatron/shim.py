@@ -51,6 +51,8 @@ def megatron_on_cpu():
         from megatron.core.dist_checkpointing.strategies import filesystem_async
         from megatron.core.tensor_parallel import random
 
+        import lasp.parallel.megatron.engine  # noqa: F401  torch.compile must not meet what is put in below
+
     nothing = lambda *args, **kwargs: None  # noqa: E731
     state = lambda *args, **kwargs: torch.get_rng_state()  # noqa: E731
     set_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # noqa: E731

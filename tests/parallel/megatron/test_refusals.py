@@ -66,7 +66,10 @@ def test_options_of_the_model(options, message):
         ({"attention_type": "cross"}, "attention_type must be 'self', got 'cross'"),
         ({"chunk": 4}, "chunk is no argument of a LASP core_attention"),
         ({"order": "ring"}, "order must be one of .* got 'ring'"),
-        ({"mixer": {"conv_width": 4}}, "mixer.conv_width must be 0 under Megatron, got 4"),
+        (
+            {"mixer": {"conv_width": 4}},
+            "conv_width = 4 needs a key and value head per query head: .* = 4, .* = 2. Pass",
+        ),
         ({"mixer": "gla"}, "mixer.expand_k must be 1.0 under Megatron, got 0.5: kv_channels"),
         ({"mixer": {"position": "rope"}}, "mixer.position must be 'none' under Megatron, got 'rope': Megatron rotates"),
         ({"mixer": {"heads": 8}}, "mixer.heads must be 4 under Megatron, got 8"),
@@ -78,6 +81,14 @@ def test_options_of_the_model(options, message):
 def test_arguments_of_a_core(arguments, message):
     with pytest.raises(ValueError, match=message):
         core(**arguments)
+
+
+def test_a_convolution_behind_a_rotation():
+    for frequency in (None, [1, 1, 0, 1]):
+        options = {"num_query_groups": 4, "no_rope_freq": frequency}
+        with pytest.raises(ValueError, match=r"conv_width = 4 needs config.no_rope_freq\[2\] = 1, got no_rope_freq = "):
+            core(options=options, mixer={"conv_width": 4}, layer_number=3)
+    core(options=options, mixer={"conv_width": 4}, layer_number=2)
 
 
 def test_masks_other_than_causal():

@@ -1,0 +1,112 @@
+"""The sections of a run's YAML file: types, ranges and defaults of their keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from lasp.launch.token_files import STDLIB
+from lasp.launch.tokenizer import BYTES
+
+
+def _yes_no_or_path(value: Any) -> bool | str:
+    if not isinstance(value, (bool, str)) or value == "":
+        raise ValueError(f"must be true, false or the path of a checkpoint, got {value!r}. Set one of them.")
+    return value
+
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MAX_LR = 1e6  # beyond it a float32 step overflows
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Keys that are all known, values of the right type, nothing changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    """What to learn from.
+
+    Attributes:
+        source: ``stdlib`` (the running interpreter's standard library) or the prefix of a prepared .bin/.idx
+            pair.
+        tokenizer: ``bytes`` or a Hugging Face tokenizers JSON file.
+        seq_len: tokens of one packed sequence, over all cp ranks.
+        batch_size: sequences per optimizer step, over all ranks; above dp_size they are accumulated.
+        eval_fraction: share of the documents that is held out.
+        join_documents: treat each sequence as one document, whatever it was packed from.
+    """
+
+    source: str = STDLIB
+    tokenizer: str = BYTES
+    seq_len: Annotated[int, Field(ge=2)] = 16384
+    batch_size: Count = 1
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    join_documents: bool = False
+
+
+class OptimizerConfig(Section):
+    """AdamW, linear warmup, cosine decay from ``lr`` to ``min_lr``. ``clip``: largest gradient norm, or null."""
+
+    lr: Annotated[Positive, Field(le=MAX_LR)] = 3e-3
+    min_lr: NonNegative = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)  # YAML has lists, no tuples
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip: Positive | None = 1.0
+
+
+class CheckpointConfig(Section):
+    """Checkpoints in ``run_dir/checkpoints``.
+
+    Attributes:
+        every: steps between two; null: only at the end.
+        keep: how many to keep; null: all.
+        resume: true: continue from the newest good one; false: start over (older results are moved aside);
+            or the path of a checkpoint to continue from.
+    """
+
+    every: Count | None = None
+    keep: Count | None = 2
+    resume: Annotated[bool | str, BeforeValidator(_yes_no_or_path)] = True
+
+
+class EvalConfig(Section):
+    """Held-out loss every so many steps (null: only at the end), over at most ``sequences`` sequences."""
+
+    every: Count | None = None
+    sequences: Count = 4
+
+
+class MegatronConfig(Section):
+    """Options of ``backend: megatron``.
+
+    Attributes:
+        virtual_stages: model chunks per pipeline stage (the interleaved schedule); null: one.
+        sequence_parallel: norms on 1 / tp_size of the tokens; needs TransformerEngine or Apex.
+        distributed_optimizer: optimizer states cut over dp x cp.
+    """
+
+    virtual_stages: Annotated[int, Field(ge=2)] | None = None
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+
+
+class LogConfig(Section):
+    """What a run leaves to read.
+
+    Attributes:
+        every_s: seconds between two lines where no terminal shows a progress bar.
+        tensorboard: write event files.
+        sample_tokens: length of the text that the trained model writes at the end; 0: none.
+    """
+
+    every_s: NonNegative = 5.0
+    tensorboard: bool = True
+    sample_tokens: Annotated[int, Field(ge=0)] = 200

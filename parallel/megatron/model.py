@@ -1,0 +1,200 @@
+"""A LinearLlama as a Megatron GPTModel: the same configuration, the same weights, cut over TP and PP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from lasp.config import ModelConfig
+from lasp.parallel.gpt_weights import canonical_name, cut, padded_vocab_size
+from lasp.parallel.megatron.layouts import LayoutOrder
+from lasp.parallel.megatron.specs import hybrid_layer_spec
+from lasp.parallel.mesh import Mesh
+
+
+def transformer_config(
+    model: ModelConfig,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    *,
+    virtual_stages: int | None = None,
+    sequence_parallel: bool = False,
+) -> TransformerConfig:
+    """Megatron's configuration of a native model on a mesh.
+
+    Raises:
+        ValueError: Megatron has no place for an option of the model, or the mesh cannot cut it.
+    """
+    check_model(model, mesh, virtual_stages, sequence_parallel)
+    linear, softmax = "L" in model.layer_kinds, "S" in model.layer_kinds
+    rotated = [kind == "S" or model.mixer.position == "rope" for kind in model.layer_kinds]
+    recompute = {"granularity": "full", "method": "uniform", "num_layers": 1} if model.recompute else {}
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.dim,
+        num_attention_heads=model.mixer_heads if linear else model.heads,
+        num_query_groups=model.kv_heads or (model.heads if softmax else model.mixer_heads),
+        kv_channels=model.softmax_head_dim if softmax else model.key_dim,
+        ffn_hidden_size=model.hidden_dim,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        no_rope_freq=[int(not turns) for turns in rotated],
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=mesh.tp_size,
+        pipeline_model_parallel_size=mesh.pp_size,
+        virtual_pipeline_model_parallel_size=virtual_stages,
+        context_parallel_size=mesh.cp_size,
+        sequence_parallel=sequence_parallel,
+        calculate_per_token_loss=True,  # gradients are summed
+        finalize_model_grads_func=_finalize,
+        init_method=nn.init.zeros_,  # the native model's values are put in; without any, TP marks no parameter
+        output_layer_init_method=nn.init.zeros_,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        **{f"recompute_{name}": value for name, value in recompute.items()},
+    )
+
+
+def _finalize(chunks: list[nn.Module], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """Sum gradients over ranks; the loss has been divided by the count of labels already."""
+    finalize_model_grads(chunks, None, **options)
+
+
+def build_chunks(model: ModelConfig, config: TransformerConfig) -> list[GPTModel]:
+    """This rank's part of the model, one chunk per virtual stage, without values."""
+    mixer = replace(model.mixer, position="none", heads=None, key_dim=None, value_dim=None, expand_k=1.0, expand_v=1.0)
+    stages = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(stages or 1):
+        vp_stage = None if stages is None else stage
+        spec = hybrid_layer_spec(
+            config,
+            model.pattern,
+            mixer=mixer,
+            window=model.window,
+            linear_query_groups=model.mixer_heads if model.kv_heads and "L" in model.layer_kinds else None,
+            vp_stage=vp_stage,
+        )
+        chunk = GPTModel(
+            config,
+            spec,
+            padded_vocab_size(model),
+            max_sequence_length=0,  # of learnt positions, which there are none of
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            vp_stage=vp_stage,
+        )
+        if chunk.post_process:
+            chunk.output_layer.register_forward_hook(partial(_hide_padding, model.vocab_size))
+        chunks.append(chunk.to(config.params_dtype))
+    LayoutOrder(chunks)
+    return chunks
+
+
+def _hide_padding(vocab_size: int, layer: nn.Module, _: tuple, output: tuple) -> tuple:
+    """Logits [T, B, rows of this TP rank]: those of no token are -inf, so that they are no part of the softmax."""
+    logits, bias = output
+    known = max(0, vocab_size - layer.tp_group.rank() * logits.shape[-1])
+    if known >= logits.shape[-1]:
+        return output
+    padding = torch.arange(logits.shape[-1], device=logits.device) >= known
+    return logits.masked_fill(padding, float("-inf")), bias
+
+
+def global_parameters(chunk: MegatronModule) -> dict[str, nn.Parameter]:
+    """A chunk's parameters under the names that they have in a model of one stage."""
+    found = {}
+    for name, parameter in chunk.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+        found[canonical_name(".".join(parts))] = parameter
+    return found
+
+
+def cut_dim(parameter: nn.Parameter) -> int | None:
+    """The dimension along which tensor parallelism cuts a parameter, None for a replicated one."""
+    return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+
+
+@torch.no_grad()
+def set_values(chunk: MegatronModule, whole: Mapping[str, Tensor], mesh: Mesh) -> None:
+    """Put this rank's part of whole values, by global Megatron names, into a chunk."""
+    for name, parameter in global_parameters(chunk).items():
+        parameter.copy_(cut(name, whole[name], cut_dim(parameter), mesh.tp_rank, mesh.tp_size))
+
+
+def check_model(model: ModelConfig, mesh: Mesh, virtual_stages: int | None, sequence_parallel: bool) -> None:
+    """Refuse what Megatron would build otherwise than the native model, before anything is built.
+
+    Raises:
+        ValueError: naming the option, the rule and the values.
+    """
+    mixer = model.mixer
+    if "L" in model.layer_kinds:
+        widths = {"mixer.key_dim": model.key_dim, "mixer.value_dim": model.value_dim}
+        if "S" in model.layer_kinds:
+            widths["head_dim"] = model.softmax_head_dim
+            if model.mixer_heads != model.heads:
+                raise ValueError(
+                    f"backend=megatron needs as many heads in linear as in softmax layers: mixer.heads = "
+                    f"{model.mixer_heads}, heads = {model.heads}. Leave mixer.heads out."
+                )
+        if len(set(widths.values())) > 1:
+            raise ValueError(
+                f"backend=megatron needs heads of one width, got {widths}: Megatron has one kv_channels. Leave "
+                "expand_k, expand_v, key_dim and value_dim out of the mixer."
+            )
+    for name in ("gate_rank", "out_gate_rank"):
+        if "L" in model.layer_kinds and getattr(mixer, name) is not None:
+            raise ValueError(
+                f"backend=megatron has no mixer.{name}, got {getattr(mixer, name)}: decay and gate are a part of "
+                "the one fused projection. Set it to null."
+            )
+    if mesh.tp_size > 1 and "L" in model.layer_kinds and mixer.out_norm in ("full_rms", "srms"):
+        raise ValueError(
+            f"mixer.out_norm={mixer.out_norm} spans all heads, and tp_size = {mesh.tp_size} cuts them. Set tp_size to "
+            "1, or out_norm to head_rms."
+        )
+    cuts = {"vocab_size (filled up)": padded_vocab_size(model), "ffn_dim": model.hidden_dim}
+    cuts["heads"] = model.heads if "S" in model.layer_kinds else model.mixer_heads
+    for name, value in cuts.items():
+        if value % mesh.tp_size:
+            raise ValueError(f"model.{name} = {value} must be a multiple of tp_size = {mesh.tp_size}. Change one.")
+    groups = model.kv_heads or cuts["heads"]
+    if groups % mesh.tp_size and mesh.tp_size % groups:
+        raise ValueError(
+            f"model.kv_heads = {groups} and tp_size = {mesh.tp_size}: one must divide the other. Change one."
+        )
+    stages = mesh.pp_size * (virtual_stages or 1)
+    if model.num_layers % stages:
+        raise ValueError(
+            f"model.num_layers = {model.num_layers} must be a multiple of pp_size * megatron.virtual_stages = "
+            f"{mesh.pp_size} * {virtual_stages or 1}. Change one."
+        )
+    if virtual_stages is not None and mesh.pp_size == 1:
+        raise ValueError(f"megatron.virtual_stages = {virtual_stages} has no effect with pp_size = 1. Leave it out.")
+    if sequence_parallel and mesh.tp_size == 1:
+        raise ValueError("megatron.sequence_parallel has no effect with tp_size = 1. Leave it out.")
