@@ -6,12 +6,15 @@ Importing this package imports megatron-core; nothing else of lasp does.
 from lasp.parallel.megatron.attention import LinearSelfAttention
 from lasp.parallel.megatron.contexts import CPContexts
 from lasp.parallel.megatron.core import LinearCoreAttention, SoftmaxCoreAttention
+from lasp.parallel.megatron.layouts import LayoutOrder, LayoutParams
 from lasp.parallel.megatron.order import ContiguousOrder
 from lasp.parallel.megatron.specs import hybrid_layer_spec
 
 __all__ = [
     "CPContexts",
     "ContiguousOrder",
+    "LayoutOrder",
+    "LayoutParams",
     "LinearCoreAttention",
     "LinearSelfAttention",
     "SoftmaxCoreAttention",
