@@ -2,8 +2,8 @@
 
 Megatron owns the projections, RoPE, tensor and pipeline parallelism; what lies between the projections is
 :class:`lasp.mixer.LinearMixer` or :func:`lasp.softmax_attention`, on this rank's heads and tokens. Under Megatron's
-activation recompute the forward message of a layer is sent again, unless the micro-batch brings LayoutParams, which keep
-what the first run received; the backward one never is.
+activation recompute the forward message of a layer is sent again, unless the micro-batch brings LayoutParams, which
+keep what the first run received; the backward one never is.
 """
 
 from __future__ import annotations

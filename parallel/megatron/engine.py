@@ -133,9 +133,7 @@ class MegatronEngine(Engine):
         Raises:
             ValueError: a rank does not see the folder.
         """
-        blind = [rank for rank, seen in enumerate(self.mesh.gather(folder.is_dir())) if not seen]
-        if blind:
-            raise ValueError(f"run_dir must be on a file system that all ranks share: {blind} do not see {folder}.")
+        self._check_shared(folder)
         if self.mesh.is_first:
             (folder / SHARDS).mkdir()
         self.mesh.gather(None)  # the folder is there
@@ -143,13 +141,26 @@ class MegatronEngine(Engine):
         return {"optimizer": {}}
 
     def restore(self, step_count: int, tensors: Any, folder: Path) -> None:
-        """Read :meth:`save`'s files, at any sizes of the mesh."""
+        """Read :meth:`save`'s files, at any sizes of the mesh.
+
+        Raises:
+            ValueError: a rank does not see the folder.
+        """
+        self._check_shared(folder)
         state = dist_checkpointing.load(self._sharded(is_loading=True), str(folder / SHARDS))
         for i, chunk in enumerate(self.chunks):
             inner(chunk).load_state_dict(state[_key(i, self.chunks)])
         for part in self.optimizer.chained_optimizers:
             _load_optimizer(part, state["optimizer"])
         self.step_count = step_count
+
+    def _check_shared(self, folder: Path) -> None:
+        blind = [rank for rank, seen in enumerate(self.mesh.gather(folder.is_dir())) if not seen]
+        if blind:
+            raise ValueError(
+                f"checkpoints of backend=megatron are written and read by all ranks, and ranks {blind} do not see "
+                f"{folder}. Put run_dir on a file system that all nodes share."
+            )
 
     def _sharded(self, is_loading: bool) -> dict[str, Any]:
         """Model and optimizer as Megatron's sharded state."""
