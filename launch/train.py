@@ -163,7 +163,7 @@ def _resume(
         if not found:
             notes.extend(run_dir.claim(config, None, store))
             return None
-        _check_same_backend(found[0], config)
+        check_same_backend(found[0], config)
         checkpoints.check_same_model(found[0], _architecture(config), engine.shapes)
         _check_same_tokenizer(found[0], tokenizer)
         notes.extend(_changes(found[0].state["config"], config.portable()))
@@ -181,13 +181,21 @@ def _resume(
     return state["data_position"], notes
 
 
-def _check_same_backend(checkpoint: checkpoints.Checkpoint, config: RunConfig) -> None:
+def check_same_backend(checkpoint: checkpoints.Checkpoint, config: RunConfig) -> None:
+    """Refuse a checkpoint whose optimizer states this run cannot read."""
     theirs = checkpoint.state.get("backend", "native")
     if theirs != config.backend:
         raise ValueError(
             f"checkpoint {checkpoint.path} was written by backend={theirs}, and this run has backend={config.backend}: "
             "optimizer states are not exchanged between them. Use the same backend, another run_dir, or "
             "checkpoint.resume=false."
+        )
+    key, own = "distributed_optimizer", config.megatron.distributed_optimizer
+    saved = checkpoint.state["config"].get("megatron", {}).get(key, own)
+    if theirs == "megatron" and saved != own:
+        raise ValueError(
+            f"checkpoint {checkpoint.path} was written with megatron.{key}={saved}, and this run has {own}: Megatron "
+            f"cannot read the one's states as the other's. Set megatron.{key}={saved}."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from lasp.parallel.checkpoint import SHARDS, Checkpoint
 from lasp.parallel.files import reading
 from lasp.parallel.gpt_weights import to_native
 
+MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")  # of the distributed and of the plain optimizer
+
 
 def model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every parameter of a checkpoint by its native name, in the master's dtype, whichever backend wrote it."""
@@ -27,14 +30,14 @@ def model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     """The parameters of a distributed checkpoint, whole, by global name; the fp32 master copy where there is one."""
-    master = "optimizer.state.param."  # of the distributed optimizer
     known = FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {key: value for key, value in known.items() if isinstance(value, TensorStorageMetadata)}
-    masters = {key.removeprefix(master) for key in tensors if key.startswith(master)}
+    names = {key: key for key in tensors if not key.startswith("optimizer.")}  # global name -> key
+    names |= {key.removeprefix(prefix): key for prefix in MASTERS for key in tensors if key.startswith(prefix)}
     wanted = {
-        key: torch.empty(value.size, dtype=value.properties.dtype)
-        for key, value in tensors.items()
-        if key.startswith(master) or not (key.startswith("optimizer.") or key in masters)
+        key: torch.empty(tensors[key].size, dtype=tensors[key].properties.dtype) for key in sorted(names.values())
     }
-    dcp.load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
-    return {key.removeprefix(master): value for key, value in wanted.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
+    return {name: wanted[key] for name, key in names.items()}

@@ -12,7 +12,8 @@ import yaml
 
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
-from lasp.launch.train import train
+from lasp.launch.train import check_same_backend, train
+from lasp.parallel import checkpoint as checkpoints
 
 ROOT = Path(__file__).parents[3]
 STEPS = 30
@@ -101,6 +102,15 @@ def test_verify_passes_and_names_the_layer_of_a_planted_fault(config, tmp_path):
     done = lasp(*arguments, MEGATRON_TEST_FAULT=json.dumps(fault))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAIL: the output of layer 2 (linear) is the first that differs, on cp rank(s) 1" in done.stdout
+
+
+def test_optimizer_states_are_read_by_the_optimizer_that_wrote_them(config):
+    own = load_config(config, ["backend=megatron", "megatron.distributed_optimizer=false"])
+    state = {"backend": "megatron", "config": load_config(config, ["backend=megatron"]).portable()}
+    saved = checkpoints.Checkpoint(Path("step-00000001"), state, {}, {})
+    with pytest.raises(ValueError, match=r"written with megatron\.distributed_optimizer=True, and this run has False"):
+        check_same_backend(saved, own)
+    check_same_backend(saved, load_config(config, ["backend=megatron"]))
 
 
 def test_without_devices_it_says_so(config, tmp_path):
