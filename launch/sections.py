@@ -89,7 +89,7 @@ class MegatronConfig(Section):
 
     Attributes:
         virtual_stages: model chunks per pipeline stage (the interleaved schedule); null: one.
-        sequence_parallel: norms on 1 / tp_size of the tokens; needs TransformerEngine or Apex.
+        sequence_parallel: norms on 1 / tp_size of the tokens.
         distributed_optimizer: optimizer states cut over dp x cp.
     """
 

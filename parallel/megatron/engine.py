@@ -222,6 +222,11 @@ def run_schedule(chunks: list[nn.Module], batches: Sequence[Batch], mesh: Mesh, 
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     many = len(chunks) > 1
     for length, group in groupby(batches, lambda batch: batch.cp.num_tokens):  # stages send tensors of one shape
+        if inner(chunks[0]).config.sequence_parallel and length % mesh.tp_size:
+            raise ValueError(
+                f"megatron.sequence_parallel cuts the {length} tokens of a cp rank over tp_size = {mesh.tp_size} "
+                "ranks, which does not divide them. Choose a data.seq_len that it divides, or leave it out."
+            )
         padded = _whole_groups(list(group), mesh, len(chunks))
         reports = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, count or 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lasp.config import ModelConfig
+from lasp.layers import RMSNorm
 from lasp.parallel.gpt_weights import canonical_name, cut, padded_vocab_size
 from lasp.parallel.megatron.layouts import LayoutOrder
 from lasp.parallel.megatron.specs import hybrid_layer_spec
@@ -94,6 +96,10 @@ def build_chunks(model: ModelConfig, config: TransformerConfig) -> list[GPTModel
             linear_query_groups=model.mixer_heads if model.kv_heads and "L" in model.layer_kinds else None,
             vp_stage=vp_stage,
         )
+        if config.sequence_parallel and importlib.util.find_spec("transformer_engine") is None:
+            spec.layer_norm = _SequenceParallelNorm
+            for layer in spec.layer_specs:
+                layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = _SequenceParallelNorm
         chunk = GPTModel(
             config,
             spec,
@@ -111,6 +117,15 @@ def build_chunks(model: ModelConfig, config: TransformerConfig) -> list[GPTModel
         chunks.append(chunk.to(config.params_dtype))
     LayoutOrder(chunks)
     return chunks
+
+
+class _SequenceParallelNorm(RMSNorm):
+    """An RMSNorm whose gradient Megatron sums over TP: its own local norm refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.init_parameters()
+        self.weight.sequence_parallel = True
 
 
 def _hide_padding(vocab_size: int, layer: nn.Module, _: tuple, output: tuple) -> tuple:

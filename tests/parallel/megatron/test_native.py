@@ -31,6 +31,7 @@ class Run:
     cp: int = 1
     layout: str = "contiguous"
     virtual_stages: int | None = None
+    sequence_parallel: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -58,7 +59,8 @@ def traced(_, run):
     enter_mesh(Case(tp=run.tp, pp=run.pp, cp=run.cp, vp=run.virtual_stages))
     mesh = current_mesh(torch.device("cpu"))
     with comm.record() as ledger:
-        return trace_step(*make(run, mesh), mesh, virtual_stages=run.virtual_stages), dict(ledger.calls)
+        options = {"virtual_stages": run.virtual_stages, "sequence_parallel": run.sequence_parallel}
+        return trace_step(*make(run, mesh), mesh, **options), dict(ledger.calls)
 
 
 def check(ranks, run):
@@ -68,7 +70,9 @@ def check(ranks, run):
     results = ranks.run(traced, run, size=size)
     mesh = Mesh.build()
     expected = verify.trace_step(*make(run, mesh), mesh)
-    parts = join_traces([trace for trace, _ in results], run.config, run.tp, run.cp)
+    parts = join_traces(
+        [trace for trace, _ in results], run.config, run.tp, run.cp, sequence_parallel=run.sequence_parallel
+    )
     layout = getattr(SequenceLayout, run.layout)(DOCUMENTS, run.cp)
     for rank, part in enumerate(parts):
         assert part.keys() == expected.keys()
@@ -86,6 +90,7 @@ RUNS = {
     "untied, zigzag": Run(
         {"pattern": "LS", "tie_embeddings": False, "mixer": GATED}, tp=2, pp=2, cp=2, layout="zigzag"
     ),
+    "sequence parallel": Run({"pattern": "SL", "mixer": GATED}, tp=2, pp=2, cp=2, sequence_parallel=True),
     "groups": Run({"pattern": "LS", "kv_heads": 2, "mixer": {**GATED, **CONVOLUTION}}, tp=4, cp=2),
     "interleaved": Run(
         {"pattern": "LLS", "mixer": {"decay": "fixed", "slopes": "alibi"}}, pp=2, cp=4, virtual_stages=2
