@@ -110,7 +110,7 @@ class MegatronEngine(Engine):
         self._check_finite(loss, grad_norm, share.item())
         lr = self.settings.lr_at(self.step_count)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group |= {"lr": lr, "betas": self.settings.betas, "eps": self.settings.eps}  # a checkpoint brings its own
             group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]  # 0 for norms, biases and gates
         self.optimizer.step()
         self.step_count += 1
@@ -123,8 +123,8 @@ class MegatronEngine(Engine):
         total = run_schedule(self.chunks, batches, self.mesh)
         for chunk in self.chunks:
             chunk.train()
-        count = sum(((batch.labels != IGNORED).sum() for batch in batches), torch.zeros((), device=self.mesh.device))
-        loss, count = self.mesh.sum(torch.stack([total, count.double() / self.mesh.copies])).tolist()
+        count = sum(((batch.labels != IGNORED).sum() for batch in batches), torch.zeros_like(total))
+        loss, count = self.mesh.sum(torch.stack([total, count / self.mesh.copies])).tolist()
         return loss / count if count else None
 
     def save(self, folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -221,13 +221,16 @@ def run_schedule(chunks: list[nn.Module], batches: Sequence[Batch], mesh: Mesh, 
     """
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     many = len(chunks) > 1
-    for length, group in groupby(batches, lambda batch: batch.cp.num_tokens):  # stages send tensors of one shape
+    # Stages send tensors of one shape. By the whole length, so that all cp ranks have the same groups.
+    for _, same in groupby(batches, lambda batch: batch.cp.layout.total_tokens):
+        group = list(same)
+        length = group[0].cp.num_tokens
         if inner(chunks[0]).config.sequence_parallel and length % mesh.tp_size:
             raise ValueError(
                 f"megatron.sequence_parallel cuts the {length} tokens of a cp rank over tp_size = {mesh.tp_size} "
                 "ranks, which does not divide them. Choose a data.seq_len that it divides, or leave it out."
             )
-        padded = _whole_groups(list(group), mesh, len(chunks))
+        padded = _whole_groups(group, mesh, len(chunks))
         reports = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, count or 1),
             data_iterator=[iter(padded) for _ in chunks] if many else iter(padded),

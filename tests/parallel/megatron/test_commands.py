@@ -70,15 +70,19 @@ def test_training_follows_the_native_curve_and_goes_on_at_another_shape(config, 
         assert actual[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-3)
     assert expected[STEPS]["loss"] < 0.9 * expected[1]["loss"]
 
-    halfway = "checkpoints/step-00000015"  # continued without stages, with tensor and data parallelism
-    shutil.copytree(tmp_path / "mesh" / halfway, tmp_path / "resumed" / halfway)
-    mesh = ["backend=megatron", "--tp", "2", "--dp", "2", "log.sample_tokens=0"]
-    done = lasp("train", config, f"run_dir={tmp_path}/resumed", *mesh)
+    halfway = "checkpoints/step-00000015"  # continued without stages, with tensor and data parallelism, otherwise
+    for name in ("native", "mesh"):
+        shutil.copytree(tmp_path / name / halfway, tmp_path / f"{name}-resumed" / halfway)
+    options = ["log.sample_tokens=0", "optimizer.betas=[0.5, 0.7]"]
+    train(load_config(config, [f"run_dir={tmp_path}/native-resumed", *options]))
+    mesh = ["backend=megatron", "--tp", "2", "--dp", "2"]
+    done = lasp("train", config, f"run_dir={tmp_path}/mesh-resumed", *mesh, *options)
     assert done.returncode == 0, done.stderr
-    again = curve(tmp_path / "resumed")
-    assert sorted(again) == list(range(16, STEPS + 1))
+    again, wanted = curve(tmp_path / "mesh-resumed"), curve(tmp_path / "native-resumed")
+    assert sorted(again) == sorted(wanted) == list(range(16, STEPS + 1))
     for step, record in again.items():
-        assert record["loss"] == pytest.approx(actual[step]["loss"], rel=1e-5), step
+        assert record["loss"] == pytest.approx(wanted[step]["loss"], rel=1e-5), step
+    assert again[STEPS]["loss"] != pytest.approx(actual[STEPS]["loss"], rel=1e-4)  # the other betas count
 
     done = lasp("generate", tmp_path / "mesh", "--prompt", "def ", "--max-new-tokens", "4", shim=False)
     assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
