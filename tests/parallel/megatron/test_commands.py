@@ -102,7 +102,6 @@ def test_verify_passes_and_names_the_layer_of_a_planted_fault(config, tmp_path):
     assert "PASS: tp 2 x pp 2 x cp 2 on Megatron equals the native model on one rank in every tensor" in done.stdout
 
     fault = {"layer_number": 3, "cp_rank": 1, "factor": 1.001}  # of the attention's output
-    arguments = ["verify", config, f"run_dir={tmp_path}", "backend=megatron", "--cp", "2"]
     done = lasp(*arguments, MEGATRON_TEST_FAULT=json.dumps(fault))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAIL: the output of layer 2 (linear) is the first that differs, on cp rank(s) 1" in done.stdout
