@@ -112,7 +112,7 @@ class MegatronEngine(Engine):
         for group in self.optimizer.param_groups:
             group |= {"lr": lr, "betas": self.settings.betas, "eps": self.settings.eps}  # a checkpoint brings its own
             group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]  # 0 for norms, biases and gates
-        self.optimizer.step()
+        self.optimizer.step()  # prepares and measures again: Megatron has no step that takes the norm
         self.step_count += 1
         return StepResult(loss, grad_norm, lr, count)
 
@@ -218,7 +218,13 @@ def run_schedule(chunks: list[nn.Module], batches: Sequence[Batch], mesh: Mesh, 
 
     Returns:
         this rank's share of the loss, fp64: 0 on ranks that do not see it, or as a second one.
+
+    Raises:
+        ValueError: lengths that differ, with ``count``; tokens that sequence parallelism cannot cut.
     """
+    lengths = {batch.cp.layout.total_tokens for batch in batches}
+    if count is not None and len(lengths) > 1:  # each schedule would sum the gradients over ranks again
+        raise ValueError(f"the sequences of a step must have one length, got {sorted(lengths)}. Pad or cut them.")
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     many = len(chunks) > 1
     # Stages send tensors of one shape. By the whole length, so that all cp ranks have the same groups.

@@ -62,6 +62,14 @@ def test_layouts_of_other_tokens_and_groups():
     assert core(cp=1)(*call(5), packed_seq_params=params).shape == (5, 2, 32)
 
 
+def test_a_step_of_sequences_of_two_lengths():
+    from lasp.parallel.megatron.engine import run_schedule
+
+    batches = [SimpleNamespace(cp=CPContext.local(length)) for length in (8, 6)]
+    with pytest.raises(ValueError, match=r"the sequences of a step must have one length, got \[6, 8\]"):
+        run_schedule([], batches, mesh(), count=3)
+
+
 def gpt(spec_options=None, **model_options):
     """A model of one stage."""
     from megatron.core.models.gpt import GPTModel
