@@ -15,6 +15,7 @@ from lasp.launch.schema import load_config
 from lasp.launch.train import check_same_backend, train
 from lasp.parallel import checkpoint as checkpoints
 
+pytestmark = pytest.mark.timeout(900)  # many processes that load Megatron; a loaded machine takes minutes for it
 ROOT = Path(__file__).parents[3]
 STEPS = 30
 MESH = ["backend=megatron", "--tp", "2", "--pp", "2", "--cp", "2"]
@@ -30,7 +31,7 @@ def config(tmp_path_factory):
         "run_dir": str(folder / "run"),
         "steps": STEPS,
         "device": "cpu",
-        "timeout_s": 100,
+        "timeout_s": 300,
         "model": {"dim": 32, "num_layers": 4, "pattern": "SLLL", "heads": 4, "window": 100, "mixer": MIXER},
         "data": {"seq_len": 512, "batch_size": 2},
         "optimizer": {"lr": 1.0e-3, "min_lr": 1.0e-4, "warmup_steps": 5},
@@ -48,7 +49,7 @@ def lasp(*arguments, shim=True, **environment):
     paths = [str(ROOT / "tests" / "parallel" / "megatron" / "site"), str(ROOT)] if shim else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths), **environment}
     command = [sys.executable, "-m", "lasp.launch.cli", *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
 def curve(run_dir):
