@@ -12,17 +12,19 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lasp.config import ModelConfig
-from lasp.parallel.checkpoint import SHARDS, Checkpoint
+from lasp.parallel.checkpoint import MODEL, SHARDS, Checkpoint
 from lasp.parallel.files import reading
 from lasp.parallel.gpt_weights import to_native
+from lasp.parallel.tensor_files import read_whole
 
 MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")  # of the distributed and of the plain optimizer
 
 
 def model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every parameter of a checkpoint by its native name, in the master's dtype, whichever backend wrote it."""
-    if "model" in checkpoint.tensors:
-        return checkpoint.tensors["model"]
+    if checkpoint.shapes():
+        with reading(checkpoint.path):
+            return read_whole(checkpoint.tensors, f"{MODEL}.")
     with reading(checkpoint.path):
         whole = _read_shards(checkpoint.path / SHARDS)
     return to_native(whole, ModelConfig.from_dict(checkpoint.state["model"]))
