@@ -99,8 +99,7 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None, writers: d
     first_step, saved, started = engine.step_count, None, time.perf_counter()
     directory, settings = config.run_dir / "checkpoints", config.checkpoint
     saver = Saver(directory, mesh, keep=settings.keep, background=settings.background, group=writers)
-    content = tokenizer.to_json()
-    extras = {} if content is None else {"tokenizer.json": content}
+    extras = checkpoint_extras(tokenizer)
     with report, saver, _StopSignals() as stop:
         while engine.step_count < config.steps:
             step_started = time.perf_counter()
@@ -130,7 +129,7 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None, writers: d
             report.step(record)
             stopping = mesh.any(stop.requested or saver.failed)
             if last or stopping or _due(step, config.checkpoint.every):
-                saved = saver.save(engine, _state(config, engine, tokenizer, position), extras)
+                saved = saver.save(step, engine.save, checkpoint_state(config, tokenizer, step, position), extras)
             if stopping:
                 break
         saver.wait()
@@ -239,8 +238,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"this run differs from its checkpoint: {', '.join(changed)}"] if changed else []
 
 
-def _state(config: RunConfig, engine: Engine, tokenizer: Tokenizer, position: int) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
+def checkpoint_state(config: RunConfig, tokenizer: Tokenizer, step: int, position: int) -> dict[str, Any]:
+    """The JSON part of a checkpoint after ``step`` steps and ``position`` global tokens."""
     model = _architecture(config)
     return {
         "backend": config.backend,
@@ -250,9 +249,15 @@ def _state(config: RunConfig, engine: Engine, tokenizer: Tokenizer, position: in
         "model_digest": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": fingerprint(tokenizer),
-        "schedule": {"step": engine.step_count, "steps": config.steps},
+        "schedule": {"step": step, "steps": config.steps},
         "config": config.portable(),
     }
+
+
+def checkpoint_extras(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files of a checkpoint beside its state and tensors."""
+    content = tokenizer.to_json()
+    return {} if content is None else {"tokenizer.json": content}
 
 
 def _last_good(config: RunConfig) -> str:

@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from lasp.parallel.checkpoint import (
     list_checkpoints,
     step_of,
 )
-from lasp.parallel.engine import Engine
 from lasp.parallel.files import writing
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.tensor_files import write_tensors
@@ -104,10 +103,18 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def save(self, engine: Engine, state: Mapping[str, Any], extras: Mapping[str, bytes] | None = None) -> Path:
-        """Begin the checkpoint ``step-NNNNNNNN`` of the engine's step, and then delete older ones.
+    def save(
+        self,
+        step: int,
+        collect: Callable[[Path], Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        extras: Mapping[str, bytes] | None = None,
+    ) -> Path:
+        """Begin the checkpoint ``step-NNNNNNNN``, and then delete older ones.
 
         Args:
+            collect: this rank's tensors by name, as :meth:`lasp.parallel.engine.Engine.save` gives them; it may
+                write files into the folder that it is given.
             state: what JSON can hold; ``step`` is added.
             extras: further files by name.
 
@@ -119,12 +126,11 @@ class Saver:
             OSError, RuntimeError: this save failed, or the one before it; on every rank.
         """
         self.wait()
-        step = engine.step_count
         staged = Path(self._mesh.on_first(lambda: str(_stage(self._directory, step))))
         self._check_shared(staged)
-        tensors = dict(engine.save(staged))
+        tensors = dict(collect(staged))
         if self._mesh.is_first:
-            tensors[RANDOM] = torch.get_rng_state()
+            tensors.setdefault(RANDOM, torch.get_rng_state())
         content = (tensors, {**state, "step": step}, dict(extras or {}))
         if self._background:
             content = (self._stager.stage(tensors), *content[1:])

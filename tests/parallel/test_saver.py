@@ -5,8 +5,8 @@ import os
 import tempfile
 import threading
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -21,13 +21,9 @@ from lasp.parallel.tensor_files import read_whole
 STATE = {"model": {}, "data_position": 0, "config": {}, "tokenizer": "bytes"}
 
 
-def _part(rank, step):
+def _part(rank, step, folder=None):
     """What one rank brings: tensors of its own, as an engine whose ranks hold all of them shares them out."""
     return {f"{kind}.{rank}": torch.full((rank + 1, 3), 10.0 * step + rank) for kind in ("model", *checkpoints.MOMENTS)}
-
-
-def _engine(mesh, step):
-    return SimpleNamespace(step_count=step, save=lambda folder: _part(mesh.rank, step))
 
 
 def _save_twice(group, folder, background, fault):
@@ -35,12 +31,12 @@ def _save_twice(group, folder, background, fault):
     mesh = Mesh.build(1, 4, group)
     writers = dist.new_group(backend="gloo", timeout=timedelta(seconds=30)) if background else None
     saver = Saver(folder, mesh, background=background, group=writers)
-    saver.save(_engine(mesh, 1), STATE)
+    saver.save(1, partial(_part, mesh.rank, 1), STATE)
     saver.wait()
     message = None
     with fault(mesh.rank):
         try:
-            saver.save(_engine(mesh, 2), STATE)
+            saver.save(2, partial(_part, mesh.rank, 2), STATE)
             saver.wait()
         except (OSError, ValueError) as error:
             message = str(error)
@@ -70,7 +66,7 @@ def _blind(rank):
     return mock.patch.object(Path, "is_dir", lambda self: False) if rank == 1 else mock.MagicMock()
 
 
-FAULTS = {_none: None, _no_write: "No space left on device", _no_hash: "Input/output error", _blind: "rank(s) [1] do not"}
+FAULTS = {_none: None, _no_write: "No space left on device", _no_hash: "Input/output error", _blind: "rank(s) [1]"}
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -102,7 +98,7 @@ def _train_while_saving(group):
         write(self, *content)
 
     with mock.patch.object(Saver, "_write", slow), Saver(folder, mesh, background=True, group=writers) as saver:
-        path = saver.save(_engine(mesh, 1), STATE)
+        path = saver.save(1, partial(_part, mesh.rank, 1), STATE)
         values = [mesh.sum(torch.tensor([float(step)])).item() for step in range(20)]
         assert not path.exists()
         go_on.set()
