@@ -4,8 +4,8 @@ lasp checkpoint convert runs/quickstart model.safetensors                    eve
 lasp checkpoint convert runs/quickstart model.safetensors --weights-only     parameters, by their names in the model
 lasp checkpoint convert model.safetensors runs/next                          begins, or goes on with, a run there
 
-The file's header holds the state of the checkpoint as JSON, so that a file of ours becomes a checkpoint by itself; for one
-of another origin the configuration of a run says what the parameters belong to.
+The file's header holds the state of the checkpoint as JSON, so that a file of ours becomes a checkpoint by itself; for
+one of another origin the configuration of a run says what the parameters belong to.
 """
 
 from __future__ import annotations
