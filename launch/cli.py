@@ -6,6 +6,7 @@ lasp generate runs/quickstart --prompt "def main(" --temperature 0.7
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -132,15 +133,16 @@ def checkpoint() -> None:
 def inspect(path: str) -> None:
     """Verify every byte of a checkpoint and say what it holds."""
     from lasp.parallel import checkpoint as checkpoints
-    from lasp.parallel.shards import model_tensors
+    from lasp.parallel.shards import parameter_index
 
     saved = checkpoints.load(checkpoints.find(Path(path)))
-    model = model_tensors(saved)
-    parameters = sum(tensor.numel() for tensor in model.values())
+    model = parameter_index(saved)
+    parameters = sum(math.prod(info.shape) for info in model.values())
+    backend, position = saved.state.get("backend", "native"), saved.state["data_position"]
     click.echo(f"{saved.path}: good")
-    click.echo(f"step {saved.step}, {saved.state['data_position']:,} tokens seen, {parameters:,} parameters")
-    for name, tensor in model.items():
-        click.echo(f"  {name:<44} {tuple(tensor.shape)!s:<16} {str(tensor.dtype).removeprefix('torch.')}")
+    click.echo(f"step {saved.step}, {position:,} tokens seen, {parameters:,} parameters, backend {backend}")
+    for name, info in model.items():
+        click.echo(f"  {name:<44} {info.shape!s:<16} {str(info.dtype).removeprefix('torch.')}")
 
 
 @checkpoint.command()

@@ -15,7 +15,7 @@ from lasp.config import ModelConfig
 from lasp.parallel.checkpoint import MODEL, SHARDS, Checkpoint
 from lasp.parallel.files import reading
 from lasp.parallel.gpt_weights import to_native
-from lasp.parallel.tensor_files import read_whole
+from lasp.parallel.tensor_files import TensorInfo, read_whole
 
 MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")  # of the distributed and of the plain optimizer
 
@@ -28,6 +28,13 @@ def model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     with reading(checkpoint.path):
         whole = _read_shards(checkpoint.path / SHARDS)
     return to_native(whole, ModelConfig.from_dict(checkpoint.state["model"]))
+
+
+def parameter_index(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Shape and dtype of every parameter of a checkpoint by its native name."""
+    if shapes := checkpoint.shapes():
+        return {name: checkpoint.index[f"{MODEL}.{name}"] for name in shapes}
+    return {name: TensorInfo(tuple(x.shape), x.dtype) for name, x in model_tensors(checkpoint).items()}
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
