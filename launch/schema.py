@@ -36,6 +36,7 @@ from lasp.launch.token_files import STDLIB
 from lasp.launch.tokenizer import BYTES, load_tokenizer
 from lasp.launch.yaml_text import parse_yaml
 from lasp.parallel.files import reading
+from lasp.parallel.zero import check_available
 
 MAX_TIMEOUT_S = 1e6  # beyond it a clock overflows
 MIN_TIMEOUT_S = 1.0  # processes of one job start further apart than less
@@ -101,8 +102,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.engine not in ("ddp", "fsdp2"):
-            raise ValueError(f"engine={self.engine} is not built yet; use engine=ddp or engine=fsdp2.")
+        if self.engine.startswith("zero"):
+            check_available(self.engine, self.torch_dtype)
         if self.backend == "native":
             for key, only in (("tp_size", 1), ("pp_size", 1), ("megatron", MegatronConfig())):
                 if getattr(self, key) != only:

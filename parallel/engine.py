@@ -6,6 +6,7 @@ a data-parallel rank to all this. An engine says how gradients are collected, me
 
     ddp      every rank holds all parameters, gradients and optimizer states     lasp.parallel.ddp
     fsdp2    every rank holds its share of all three                             lasp.parallel.fsdp
+    zero0-3  DeepSpeed: as ddp; shares of the states; of gradients; of all       lasp.parallel.zero
 
 Megatron has parameters, schedules and optimizers of its own: lasp.parallel.megatron.engine.
 """
@@ -154,9 +155,9 @@ class ModuleEngine(Engine):
         """See :meth:`Engine.step`."""
         count = count_labels([batch.labels for batch in batches], self.mesh)
         share = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for batch in batches:
+        for index, batch in enumerate(batches):
             loss = self.loss(batch) / count  # shares of all ranks and micro batches add up to the loss
-            loss.backward()
+            self._backward(loss, last=index == len(batches) - 1)
             share += loss.detach()
         norm = self._collect_gradients()
         loss, grad_norm = self.mesh.sum(share.clone()).item(), norm.item()
@@ -201,6 +202,10 @@ class ModuleEngine(Engine):
     def load(self, step_count: int, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
         """Continue from a checkpoint: the first rank brings the whole tensors, the others pass None."""
 
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Backward pass of one micro batch, the last one of the step or not."""
+        loss.backward()
+
     @abstractmethod
     def _collect_gradients(self) -> Tensor:
         """Sum this step's gradients over all ranks; their global norm, a scalar on the device."""
@@ -217,10 +222,10 @@ class ModuleEngine(Engine):
 def build_engine(
     name: str, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype
 ) -> ModuleEngine:
-    """The engine called ``name``: ``ddp`` or ``fsdp2``.
+    """The engine called ``name``: ``ddp``, ``fsdp2``, or ``zero0`` to ``zero3``.
 
     Raises:
-        ValueError: there is no such engine, or it cannot train in ``dtype``.
+        ValueError: there is no such engine, or it cannot train in ``dtype`` or on this mesh.
     """
     if name == "ddp":
         from lasp.parallel.ddp import DataParallelEngine
@@ -230,4 +235,8 @@ def build_engine(
         from lasp.parallel.fsdp import ShardedEngine
 
         return ShardedEngine(model, mesh, settings, dtype)
-    raise ValueError(f"engine must be 'ddp' or 'fsdp2', got {name!r}. Choose one of them.")
+    if name in ("zero0", "zero1", "zero2", "zero3"):
+        from lasp.parallel.zero import ZeroEngine
+
+        return ZeroEngine(model, mesh, settings, dtype, int(name[-1]))
+    raise ValueError(f"engine must be 'ddp', 'fsdp2', or 'zero0' to 'zero3', got {name!r}. Choose one of them.")
