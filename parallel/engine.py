@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate
+from lasp.parallel.offload import SavedTensors
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,10 @@ class ModuleEngine(Engine):
         groups = (None, None) if tensors is None else (tensors["model"], tensors["optimizer"])
         self.load(step_count, *groups)
 
+    def offload_activations(self) -> None:
+        """Keep what forward passes save for their backward in host memory; see :mod:`lasp.parallel.offload`."""
+        SavedTensors(self.model, self.mesh.device, to_host=True)
+
     @abstractmethod
     def model_tensors(self) -> dict[str, Tensor]:
         """The master copy of every parameter by name, whole on the first rank, for reading; all ranks call it.
@@ -220,13 +225,30 @@ class ModuleEngine(Engine):
 
 
 def build_engine(
-    name: str, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype
+    name: str,
+    model: nn.Module,
+    mesh: Mesh,
+    settings: OptimizerSettings,
+    dtype: torch.dtype,
+    *,
+    offload_activations: bool = False,
 ) -> ModuleEngine:
     """The engine called ``name``: ``ddp``, ``fsdp2``, or ``zero0`` to ``zero3``.
+
+    Args:
+        offload_activations: keep what a forward saves for its backward in host memory; see
+            :mod:`lasp.parallel.offload`.
 
     Raises:
         ValueError: there is no such engine, or it cannot train in ``dtype`` or on this mesh.
     """
+    engine = _build(name, model, mesh, settings, dtype)
+    if offload_activations:
+        engine.offload_activations()
+    return engine
+
+
+def _build(name: str, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype) -> ModuleEngine:
     if name == "ddp":
         from lasp.parallel.ddp import DataParallelEngine
 

@@ -35,6 +35,7 @@ from lasp import comm
 from lasp.parallel.engine import ModuleEngine, OptimizerSettings, StepResult
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
+from lasp.parallel.offload import SavedTensors
 
 BUCKET_ELEMENTS = 2**26  # gradients summed at once: 256 MiB in fp32
 PERSISTENT_ELEMENTS = 100_000  # stage 3 leaves parameters up to this size whole
@@ -91,6 +92,14 @@ class ZeroEngine(ModuleEngine):
         for name in list(exact):  # the master copy was made from rounded parameters
             self._stage.put(parameters[name], "model", exact.pop(name))
         self._stage.publish()
+        self._saved = SavedTensors(model, mesh.device, to_host=False) if stage == 3 else None
+
+    def offload_activations(self) -> None:
+        """See :meth:`ModuleEngine.offload_activations`."""
+        if self._saved is None:
+            super().offload_activations()
+        else:
+            self._saved.to_host = True
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """See :meth:`Engine.step`."""
