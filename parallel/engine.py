@@ -6,6 +6,7 @@ a data-parallel rank to all this. An engine says how gradients are collected, me
 
     ddp      every rank holds all parameters, gradients and optimizer states     lasp.parallel.ddp
     fsdp2    every rank holds its share of all three                             lasp.parallel.fsdp
+    zero0-3  DeepSpeed: as ddp; shares of the states; of gradients; of all       lasp.parallel.zero
 
 Megatron has parameters, schedules and optimizers of its own: lasp.parallel.megatron.engine.
 """
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate
+from lasp.parallel.offload import SavedTensors
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,9 @@ class ModuleEngine(Engine):
         """See :meth:`Engine.step`."""
         count = count_labels([batch.labels for batch in batches], self.mesh)
         share = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for batch in batches:
+        for index, batch in enumerate(batches):
             loss = self.loss(batch) / count  # shares of all ranks and micro batches add up to the loss
-            loss.backward()
+            self._backward(loss, last=index == len(batches) - 1)
             share += loss.detach()
         norm = self._collect_gradients()
         loss, grad_norm = self.mesh.sum(share.clone()).item(), norm.item()
@@ -196,6 +198,10 @@ class ModuleEngine(Engine):
         """The rank that writes a parameter which many hold: each writes about as many bytes."""
         return self._owners[name]
 
+    def offload_activations(self) -> None:
+        """Keep what forward passes save for their backward in host memory; see :mod:`lasp.parallel.offload`."""
+        SavedTensors(self.model, self.mesh.device, to_host=True)
+
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """This rank's part of ``model.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of every parameter, for reading.
@@ -212,6 +218,10 @@ class ModuleEngine(Engine):
             step_count: steps done.
             read: fills the tensors that it is given by name, those of :meth:`tensors`, whole or DTensors, in place.
         """
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Backward pass of one micro batch, the last one of the step or not."""
+        loss.backward()
 
     @abstractmethod
     def _collect_gradients(self) -> Tensor:
@@ -236,13 +246,30 @@ def _share_out(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
 
 
 def build_engine(
-    name: str, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype
+    name: str,
+    model: nn.Module,
+    mesh: Mesh,
+    settings: OptimizerSettings,
+    dtype: torch.dtype,
+    *,
+    offload_activations: bool = False,
 ) -> ModuleEngine:
-    """The engine called ``name``: ``ddp`` or ``fsdp2``.
+    """The engine called ``name``: ``ddp``, ``fsdp2``, or ``zero0`` to ``zero3``.
+
+    Args:
+        offload_activations: keep what a forward saves for its backward in host memory; see
+            :mod:`lasp.parallel.offload`.
 
     Raises:
-        ValueError: there is no such engine, or it cannot train in ``dtype``.
+        ValueError: there is no such engine, or it cannot train in ``dtype`` or on this mesh.
     """
+    engine = _build(name, model, mesh, settings, dtype)
+    if offload_activations:
+        engine.offload_activations()
+    return engine
+
+
+def _build(name: str, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype) -> ModuleEngine:
     if name == "ddp":
         from lasp.parallel.ddp import DataParallelEngine
 
@@ -251,4 +278,8 @@ def build_engine(
         from lasp.parallel.fsdp import ShardedEngine
 
         return ShardedEngine(model, mesh, settings, dtype)
-    raise ValueError(f"engine must be 'ddp' or 'fsdp2', got {name!r}. Choose one of them.")
+    if name in ("zero0", "zero1", "zero2", "zero3"):
+        from lasp.parallel.zero import ZeroEngine
+
+        return ZeroEngine(model, mesh, settings, dtype, int(name[-1]))
+    raise ValueError(f"engine must be 'ddp', 'fsdp2', or 'zero0' to 'zero3', got {name!r}. Choose one of them.")

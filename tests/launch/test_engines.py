@@ -36,7 +36,7 @@ def alone(tmp_path_factory):
     return expected, folder / "run"
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"])
 def test_twenty_steps_with_accumulation_and_clipping(ranks, tmp_path, alone, engine):
     ranks.run(_train_on_ranks, _config(tmp_path / "four"), [f"engine={engine}", "cp=2", "dp=2"], size=4)
     check(curve(tmp_path / "four" / "run"), alone[0], range(1, STEPS + 1), 1e-5, evaluations=2)
