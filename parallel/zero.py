@@ -39,6 +39,7 @@ from lasp.parallel.offload import SavedTensors
 
 BUCKET_ELEMENTS = 2**26  # gradients summed at once: 256 MiB in fp32
 PERSISTENT_ELEMENTS = 100_000  # stage 3 leaves parameters up to this size whole
+LIVE_ELEMENTS = 10**9  # and keeps at most so many of the others whole, if they are needed again soon
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _KINDS = ("model", *_MOMENTS)
 
@@ -171,7 +172,7 @@ class ZeroEngine(ModuleEngine):
     def _collect_gradients(self) -> Tensor:
         square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for gradient in self._stage.collect():
-            square += gradient.double().square().sum()
+            square += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         return (square if self._stage.number == 0 else self.mesh.sum(square)).sqrt()
 
     def _update(self, lr: float, factor: float) -> None:
@@ -377,8 +378,6 @@ class _Gathered(_Stage):
         self.zero.parameter_offload.partition_all_parameters()
         for flat, master in zip(self.zero.fp16_partitioned_groups_flat, self._masters(), strict=True):
             flat.data.copy_(master.data)
-        if left_whole := self.zero.persistent_parameters:
-            left_whole[0].all_gather(left_whole)
 
 
 def _adder(total: Tensor) -> Callable[[nn.Parameter], None]:
@@ -422,7 +421,12 @@ def _initialize(stage: int, module: nn.Module, optimizer: torch.optim.Optimizer,
     if stage:
         zero |= {"reduce_bucket_size": min(BUCKET_ELEMENTS, elements)}
     if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": PERSISTENT_ELEMENTS, "memory_efficient_linear": False}
+        zero |= {
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
+            "memory_efficient_linear": False,  # would replace torch's function; SavedTensors does what it is for
+        }
     config = {
         "train_micro_batch_size_per_gpu": 1,  # nothing depends on it
         "gradient_accumulation_steps": 1,
