@@ -76,20 +76,20 @@ class SavedTensors:
     def _exit(self, _module: nn.Module, _args: tuple, _output: Tensor) -> None:
         self._hooks.pop().__exit__(None, None, None)
 
-    def _pack(self, x: Tensor) -> Tensor | _View | _ParameterView:
+    def _pack(self, x: Tensor) -> _Kept | _View | _ParameterView:
         plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_conj() and not x.is_neg()
         if not plain or x.device.type != self.device.type or not x.numel():
-            return x
+            return _Kept(x, x._version)
         p = self._parameters.get(x.data_ptr())
         if p is not None and p.data_ptr() == x.data_ptr() and p.dtype == x.dtype and p.numel() == x.numel():
             return _ParameterView(p, x.shape, x.stride())
         storage = x.untyped_storage()
         p = self._storages.get(storage.data_ptr())
         if p is not None and p.untyped_storage().data_ptr() == storage.data_ptr():
-            return x  # a part of a parameter
+            return _Kept(x, None)  # a part of a parameter: an engine may have filled it anew
         size = min(x.numel() * x.element_size(), storage.nbytes())  # an expanded view is larger than its storage
         if not self.to_host or size < MIN_BYTES:
-            return x
+            return _Kept(x, x._version)
         if 2 * size < storage.nbytes():  # a small part of something large
             x = x.clone()
         return _View(self._copied(x), x.dtype, x.shape, x.stride(), x.storage_offset())
@@ -106,13 +106,26 @@ class SavedTensors:
         copy.views += 1
         return copy
 
-    def _unpack(self, kept: Tensor | _View | _ParameterView) -> Tensor:
+    def _unpack(self, kept: _Kept | _View | _ParameterView) -> Tensor:
         if isinstance(kept, _View):
             return kept.copy.view(kept)
         if isinstance(kept, _ParameterView):
             p = self._gathered(kept.parameter).detach()
             return p.as_strided(kept.shape, kept.stride, p.storage_offset())
-        return kept
+        if kept.version is not None and kept.tensor._version != kept.version:  # autograd itself looks no more
+            raise RuntimeError(
+                f"a tensor of shape {tuple(kept.tensor.shape)} was written to in place after the forward had saved it "
+                "for the backward. Clone it before writing."
+            )
+        return kept.tensor
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor that stays on its device, at the version of its content that was saved."""
+
+    tensor: Tensor
+    version: int | None
 
 
 @dataclass(frozen=True)

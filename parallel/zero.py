@@ -40,6 +40,7 @@ from lasp.parallel.offload import SavedTensors
 
 BUCKET_ELEMENTS = 2**26  # gradients summed at once: 256 MiB in fp32
 PERSISTENT_ELEMENTS = 100_000  # stage 3 leaves parameters up to this size whole
+LIVE_ELEMENTS = 10**9  # and keeps at most so many of the others whole, if they are needed again soon
 _KINDS = (MODEL, *MOMENTS)
 
 
@@ -148,7 +149,7 @@ class ZeroEngine(ModuleEngine):
     def _collect_gradients(self) -> Tensor:
         square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for gradient in self._stage.collect():
-            square += gradient.double().square().sum()
+            square += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         return (square if self._stage.number == 0 else self.mesh.sum(square)).sqrt()
 
     def _update(self, lr: float, factor: float) -> None:
@@ -233,9 +234,7 @@ class _Whole(_Stage):
 
     def _optimizer(self, engine: ZeroEngine, exact: dict[str, Tensor]) -> torch.optim.Optimizer:
         bits16 = self.parameters
-        self.master = {
-            p: nn.Parameter(exact[name].clone()) if name in exact else p for name, p in self.parameters.items()
-        }
+        self.master = {p: nn.Parameter(exact[name]) if name in exact else p for name, p in self.parameters.items()}
         self.sums = {p: torch.zeros_like(master) for p, master in self.master.items()}
         for p, total in self.sums.items():
             p.register_post_accumulate_grad_hook(_adder(total))
@@ -354,8 +353,6 @@ class _Gathered(_Stage):
         self.zero.parameter_offload.partition_all_parameters()
         for flat, master in zip(self.zero.fp16_partitioned_groups_flat, self._masters(), strict=True):
             flat.data.copy_(master.data)
-        if left_whole := self.zero.persistent_parameters:
-            left_whole[0].all_gather(left_whole)
 
 
 def _adder(total: Tensor) -> Callable[[nn.Parameter], None]:
@@ -399,7 +396,12 @@ def _initialize(stage: int, module: nn.Module, optimizer: torch.optim.Optimizer,
     if stage:
         zero |= {"reduce_bucket_size": min(BUCKET_ELEMENTS, elements)}
     if stage == 3:
-        zero |= {"stage3_param_persistence_threshold": PERSISTENT_ELEMENTS, "memory_efficient_linear": False}
+        zero |= {
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
+            "memory_efficient_linear": False,  # would replace torch's function; SavedTensors does what it is for
+        }
     config = {
         "train_micro_batch_size_per_gpu": 1,  # nothing depends on it
         "gradient_accumulation_steps": 1,

@@ -319,7 +319,6 @@ def _what_deepspeed_has(group):
             "fp32_partitioned_groups_flat",
             "fp16_partitioned_groups_flat",
             "grad_partitions_flat_buffer",
-            "persistent_parameters",
             "parameter_offload",
         ),
     }
