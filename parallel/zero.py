@@ -72,14 +72,13 @@ class ZeroEngine(ModuleEngine):
 
     def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype, stage: int):
         super().__init__(model, mesh, settings, dtype)
-        name = f"engine=zero{stage}"
         check_available(f"zero{stage}", dtype)
         if mesh.world_size == 1:
-            raise ValueError(f"{name} needs at least 2 ranks to share states over, got 1. Use engine=ddp.")
+            raise ValueError(f"engine=zero{stage} needs at least 2 ranks to share states over, got 1. Use engine=ddp.")
         if mesh.ranks != tuple(range(dist.get_world_size())):
             raise ValueError(
-                f"{name} needs a mesh over all {dist.get_world_size()} ranks of the default process group in their "
-                f"order, got ranks {mesh.ranks}: DeepSpeed waits for all of them. Build the mesh with group=None."
+                f"engine=zero{stage} needs a mesh over all {dist.get_world_size()} ranks of the default process group "
+                f"in their order, got ranks {mesh.ranks}: DeepSpeed waits for all of them. Build it with group=None."
             )
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for p in model.parameters():
@@ -134,9 +133,9 @@ class ZeroEngine(ModuleEngine):
         for index, (name, p) in enumerate(self._parameters.items()):
             for kind in _KINDS:
                 mine = owned.pop(f"{kind}.{name}", None)
-                shape = self.shapes[name]
-                whole = torch.empty(shape, dtype=self.wide) if mine is None else mine
-                whole = whole.to(self.mesh.device)
+                whole = torch.empty(self.shapes[name], dtype=self.wide, device=self.mesh.device)
+                if mine is not None:
+                    whole.copy_(mine)
                 with comm.explained("broadcast", self.mesh.world_group):
                     source = self.mesh.ranks[index % self.mesh.world_size]
                     dist.broadcast(whole, source, group=self.mesh.world_group)
@@ -145,6 +144,8 @@ class ZeroEngine(ModuleEngine):
         self.step_count = step_count
         for state in self._stage.optimizer.state.values():
             state["step"].fill_(step_count)
+
+    # The older interface of checkpoints, on top of the one above.
 
     def model_tensors(self) -> dict[str, Tensor]:
         """The master copy by name, whole on every rank, in host memory."""
@@ -257,9 +258,7 @@ class _Whole(_Stage):
 
     def _optimizer(self, engine: ZeroEngine, exact: dict[str, Tensor]) -> torch.optim.Optimizer:
         bits16 = self.parameters
-        self.master = {
-            p: nn.Parameter(exact[name].clone()) if name in exact else p for name, p in self.parameters.items()
-        }
+        self.master = {p: nn.Parameter(exact[name]) if name in exact else p for name, p in self.parameters.items()}
         self.sums = {p: torch.zeros_like(master) for p, master in self.master.items()}
         for p, total in self.sums.items():
             p.register_post_accumulate_grad_hook(_adder(total))

@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
+from lasp.launch.backends import make_engine
 from lasp.launch.schema import load_config
 from lasp.launch.train import train
+from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import tiny_yaml
 from tests.launch.test_curve import check, curve
 from tests.launch.test_train import _train_on_ranks
@@ -83,3 +86,11 @@ def test_engines_that_cannot_run_are_refused_before_anything_starts(tmp_path, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else found(name, *a))
     with pytest.raises(ValueError, match=r"engine=zero1 needs DeepSpeed: pip install 'lasp\[deepspeed\]', or use"):
         load_config(path, ["engine=zero1"])
+
+
+def test_offload_activations_reaches_the_engine(tmp_path):
+    path = _config(tmp_path / "offload")
+    for override, made in ([], 0), (["offload_activations=true"], 1):
+        with mock.patch("lasp.parallel.engine.SavedTensors") as saved:
+            make_engine(load_config(path, override), Mesh.build())
+        assert saved.call_count == made
