@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lasp.layout import SequenceLayout
-from lasp.parallel import zero
+from lasp.parallel import zero_stages
 from lasp.parallel.engine import OptimizerSettings, build_engine
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
@@ -200,14 +200,15 @@ def _steps(engine, first, last, sequences):
     return curve, _written(engine)
 
 
-def _engine(name, dtype=torch.float32, persistent=0, model=SometimesUsed):
-    with mock.patch.object(zero, "PERSISTENT_ELEMENTS", persistent):  # 0: stage 3 cuts the smallest parameters too
+def _engine(name, dtype=torch.float32, persistent=0, bucket=2**20, model=SometimesUsed):
+    """On dp 2 x cp 2. ``persistent`` 0: stage 3 cuts the smallest parameters too."""
+    with mock.patch.multiple(zero_stages, PERSISTENT_ELEMENTS=persistent, BUCKET_ELEMENTS=bucket):
         mesh = Mesh.build(2, 2)
         return build_engine(name, model(mesh.rank), mesh, SETTINGS, dtype)
 
 
-def _uninterrupted(group, name, dtype, persistent=0):
-    engine = _engine(name, dtype, persistent)
+def _uninterrupted(group, name, dtype, sizes):
+    engine = _engine(name, dtype, **sizes)
     curve, saved = _steps(engine, 0, 6, _sequences(6))
     layout = SequenceLayout.contiguous((0, 5, 12), 2)
     held_out = [Batch.cut(tokens[None], layout, engine.mesh) for tokens in _sequences(1)[0]]
@@ -216,10 +217,11 @@ def _uninterrupted(group, name, dtype, persistent=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_every_stage_trains_as_ddp_does(ranks, dtype):
-    curve, saved, held_out, nothing = ranks.run(_uninterrupted, "ddp", dtype, size=4)[0]
+    curve, saved, held_out, nothing = ranks.run(_uninterrupted, "ddp", dtype, {}, size=4)[0]
     assert curve[0][1] > SETTINGS.clip and nothing is None
-    for name, persistent in [*((name, 0) for name in ZERO), ("zero3", 100)]:
-        results = ranks.run(_uninterrupted, name, dtype, persistent, size=4)
+    buckets = [(name, {"bucket": 40}) for name in ("zero1", "zero2", "zero3")]  # parameters have 6, 36 and 66 elements
+    for name, sizes in [*((name, {}) for name in ZERO), ("zero3", {"persistent": 40}), *buckets]:
+        results = ranks.run(_uninterrupted, name, dtype, sizes, size=4)
         for theirs in results:
             # 1e-6 is the rounding of fp32 in either dtype: nothing is summed, kept or sent in 16 bits
             assert theirs[0] == [pytest.approx(wanted, rel=1e-6) for wanted in curve], name
@@ -281,9 +283,9 @@ def test_every_rank_writes_its_share_of_a_checkpoint(ranks, name):
     assert [sum(part.values()) for part in parts] == [198, 198, 216, 126]  # 3 times 66, 66, 36 + 36, 36 + 6
 
 
-def _recovers(group, name):
+def _recovers(group, name, dtype):
     """Curve with a step in the middle whose gradient is not finite, and is done again after it was refused."""
-    engine, sequences = _engine(name, persistent=1000, model=TokenModel), _sequences(4)
+    engine, sequences = _engine(name, dtype, persistent=1000, model=TokenModel), _sequences(4)
     curve, saved = _steps(engine, 0, 2, sequences)
     if engine.mesh.rank == 1:
         engine.model.embed.data.fill_(math.nan)
@@ -295,17 +297,18 @@ def _recovers(group, name):
     return curve + _steps(engine, 2, 4, sequences)[0]
 
 
-def _never_failed(group, name):
-    return _steps(_engine(name, persistent=1000, model=TokenModel), 0, 4, _sequences(4))[0]
+def _never_failed(group, name, dtype):
+    return _steps(_engine(name, dtype, persistent=1000, model=TokenModel), 0, 4, _sequences(4))[0]
 
 
 @pytest.mark.parametrize("name", ZERO)
 def test_a_step_that_is_refused_leaves_nothing_behind(ranks, name):
-    assert ranks.run(_recovers, name, size=4) == ranks.run(_never_failed, name, size=4)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert ranks.run(_recovers, name, dtype, size=4) == ranks.run(_never_failed, name, dtype, size=4)
 
 
 def _what_deepspeed_has(group):
-    """Names that lasp.parallel.zero reads and DeepSpeed does not promise, that are gone; and what it compiled."""
+    """Names that lasp.parallel.zero_stages reads and DeepSpeed no longer has; groups and operators of its own."""
     import deepspeed
 
     both = ("averaged_gradients",)
@@ -332,7 +335,7 @@ def _what_deepspeed_has(group):
 
 def test_deepspeed_has_what_is_read_of_it_and_makes_no_group_and_no_operator(ranks):
     for missing, own, operators, compiled in ranks.run(_what_deepspeed_has, size=4):
-        assert not missing, f"this DeepSpeed has no {missing}: adapt lasp.parallel.zero to it"
+        assert not missing, f"this DeepSpeed has no {missing}: adapt lasp.parallel.zero_stages to it"
         assert not own and operators == {"deepspeed_shm_comm": False} and compiled is None
 
 
