@@ -227,7 +227,7 @@ def run_node(config: RunConfig, arguments: Sequence[str]) -> None:
     job_shape(config)
     asked = _checked_endpoint(config)
     with contextlib.ExitStack() as stack:
-        endpoint = asked or stack.enter_context(_loopback_store())
+        endpoint = asked or stack.enter_context(loopback_store())
         is_host = False if asked is None else config.torchrun.is_host
         command = node_command(config, arguments, endpoint=endpoint, is_host=is_host)
         print(f"+ {command}", flush=True)
@@ -280,7 +280,7 @@ def has_saved(run_dir: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _loopback_store() -> Iterator[str]:
+def loopback_store() -> Iterator[str]:
     """A store in this process that no other machine can reach; its HOST:PORT."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -362,6 +362,11 @@ def children(pid: int) -> list[int]:
             if int(parent) == pid and state != "Z":
                 found.append(int(entry.parent.name))
     return sorted(found)
+
+
+def descendants(pid: int) -> list[int]:
+    """:func:`children`, and theirs, and so on."""
+    return [found for child in children(pid) for found in (child, *descendants(child))]
 
 
 def kill_tree(pid: int) -> None:

@@ -106,6 +106,7 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
                 "labels": result.labels,
+                "ranks": mesh.world_size,
                 "tokens": position,
                 "seconds": seconds,
                 "tokens_per_s": plan.step_tokens / seconds,

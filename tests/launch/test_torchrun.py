@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from lasp.launch import torchrun
+from lasp.launch import soak, torchrun
 from lasp.launch.cli import main
 from lasp.launch.local import Interrupted, RankFailure
 from lasp.launch.report import read_metrics
@@ -196,7 +197,7 @@ def test_a_script_for_gpus_asks_for_one_per_rank(tmp_path):
 
 
 def test_a_store_for_one_machine_is_on_its_loopback_address():
-    with torchrun._loopback_store() as endpoint:
+    with torchrun.loopback_store() as endpoint:
         address = f":{int(endpoint.rpartition(':')[2]):04X}"
         sockets = [
             line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()
@@ -226,3 +227,39 @@ def test_how_an_agent_ends_is_told_apart(tmp_path, monkeypatch, stand_in, error,
         return
     with pytest.raises(error, match=message):
         torchrun.run_node(config, [])
+
+
+SOAK = ["steps=40", "checkpoint.every=5", "dtype=float64"]
+
+
+def test_a_run_whose_rank_is_killed_has_the_curve_of_one_that_was_not(tmp_path):
+    done = CliRunner().invoke(soak.main, [str(tiny_yaml(tmp_path)), *SOAK, "cp_size=2", "--kills", "1"])
+    assert done.exit_code == 0, done.output + (tmp_path / "run" / "killed.log").read_text()
+    assert re.search(r"ranks killed +1\b", done.output) and re.search(r"equal to the last bit +40\b", done.output)
+    assert "resumed at step" in (tmp_path / "run" / "killed.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_node_is_done_without_and_taken_back(tmp_path):
+    arguments = [*SOAK, "steps=200", "cp_size=1", "dp_size=2", "--kills", "3", "--nodes", "2"]
+    done = CliRunner().invoke(soak.main, [str(tiny_yaml(tmp_path)), *arguments])
+    assert done.exit_code == 0, done.output + (tmp_path / "run" / "killed.log").read_text()
+    assert re.search(r"nodes killed +[1-3]\b", done.output), done.output
+    assert {record["ranks"] for record in read_metrics(tmp_path / "run" / "killed")} == {1, 2}
+
+
+def test_a_soak_fails_where_curves_differ():
+    calm = {step: {"loss": 1.0, "grad_norm": 2.0, "ranks": 2} for step in (1, 2, 3)}
+    tally = soak.Tally()
+    soak.compare(calm, {**calm, 3: calm[3] | {"ranks": 1, "loss": 1.0 + 9e-6}}, 2, tally)
+    assert not tally.failures and (tally.equal_bits, tally.within_tolerance) == (2, 1) and soak.report(tally) == 0
+    for change, message in (
+        ({2: calm[2] | {"loss": 1.0 + 1e-15}}, "step 2: loss 1.000000000000001, uninterrupted 1.0; must be equal to"),
+        ({2: calm[2] | {"grad_norm": float("nan")}}, "step 2: grad_norm nan"),
+        ({2: calm[2] | {"ranks": 1}, 3: calm[3] | {"loss": 1.0001}}, "step 3: loss 1.0001, .* must be within 1e-05"),
+        ({4: calm[3]}, r"different steps: \[4\]"),
+    ):
+        tally = soak.Tally()
+        soak.compare(calm, {**calm, **change}, 2, tally)
+        assert len(tally.failures) == 1 and re.search(message, tally.failures[0]) and soak.report(tally) == 1
