@@ -7,6 +7,7 @@ lasp generate runs/quickstart --prompt "def main(" --temperature 0.7
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -40,24 +41,38 @@ def _with_aliases(overrides: tuple[str, ...], **sizes: int | None) -> list[str]:
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @_sizes
-def train(config: str, overrides: tuple[str, ...], **sizes: int | None) -> None:
+@click.option("--print", "print_only", is_flag=True, help="With launcher=torchrun: print every node's command.")
+@click.option("--slurm", is_flag=True, help="With launcher=torchrun: print a Slurm script for sbatch.")
+def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool, **sizes: int | None) -> None:
     """Train as CONFIG (a YAML file) says. Keys are dotted: optimizer.lr=1e-3.
 
-    Starts the ranks of one machine itself; under torchrun it joins those it finds. Ctrl-C saves and stops;
-    the same command goes on from there.
+    Starts the ranks of one machine itself, or with launcher=torchrun this node's of any number; under torchrun it
+    joins those it finds. Ctrl-C saves and stops; the same command goes on from there.
     """
     from lasp.launch.rendezvous import Job
     from lasp.launch.schema import load_config
 
-    run = load_config(config, _with_aliases(overrides, **sizes))
+    overrides = tuple(_with_aliases(overrides, **sizes))
+    run = load_config(config, overrides)
+    if (print_only or slurm) and run.launcher != "torchrun":
+        raise ValueError(
+            f"{'--slurm' if slurm else '--print'} has no effect with launcher={run.launcher}. Add launcher=torchrun."
+        )
     job = Job.from_environment()
     num_ranks = run.tp_size * run.pp_size * run.cp_size * (run.dp_size or 1)
-    if job is None and run.launcher == "torchrun":
-        raise ValueError(
-            f"launcher=torchrun, but no job is in the environment. Run: torchrun --nproc-per-node {num_ranks} "
-            f"-m lasp.launch.cli train {config}, or set launcher=local."
-        )
-    if job is None and num_ranks > 1:
+    if print_only or slurm:
+        from lasp.launch import torchrun
+
+        if slurm:
+            click.echo(torchrun.sbatch_script(run, [config, *overrides]), nl=False)
+            return
+        for node, command in enumerate(torchrun.all_commands(run, [config, *overrides])):
+            click.echo(f"# node {node}\n{command}")
+    elif job is None and run.launcher == "torchrun":
+        from lasp.launch.torchrun import run_node
+
+        run_node(run, [config, *overrides])
+    elif job is None and num_ranks > 1:
         from lasp.launch.local import run_local
 
         run_local(run, num_ranks)
@@ -193,12 +208,21 @@ def _fail(error: Exception, debug: bool) -> None:
     from lasp.launch.local import Interrupted, RankFailure
     from lasp.parallel.files import explained
 
+    _leave_for_agent(error)
     if debug and isinstance(error, RankFailure):
         click.echo(error.details, err=True)
     elif debug or not isinstance(error, (ValueError, FloatingPointError, OSError, RankFailure, CommError)):
         raise error
     click.secho(f"error: {explained(error)}", fg="red", err=True)
     sys.exit(_INTERRUPTED if isinstance(error, Interrupted) else _FAILURE)
+
+
+def _leave_for_agent(error: Exception) -> None:
+    """Under torchrun the agent shows the first error of a job, from whichever rank; it looks for it in a file."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 if __name__ == "__main__":

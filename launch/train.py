@@ -24,6 +24,7 @@ from lasp.launch import run_dir
 from lasp.launch.backends import backend_mesh, make_engine
 from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
 from lasp.launch.generate import load_model, sample_text
+from lasp.launch.preflight import check_ranks
 from lasp.launch.rendezvous import Job, choose_device, process_group
 from lasp.launch.report import METRICS, PLOT, Report, peak_memory_bytes
 from lasp.launch.schema import RunConfig
@@ -53,14 +54,12 @@ def train(config: RunConfig) -> None:
             f"checkpoint.resume={config.checkpoint.resume} in a restarted job needs the launcher's store, to tell the "
             "job's own checkpoints from older ones. Unset TORCH_DISABLE_SHARE_RDZV_TCP_STORE, or use resume=true."
         )
-    with (
-        process_group(job, device, timeout) as store,
-        backend_mesh(config, device, timeout) as mesh,
-        run_dir.locked(config.run_dir, mesh),
-    ):
-        apart = mesh.world_size > 1 and config.checkpoint.background
-        writers = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT) if apart else None
-        _train(config, mesh, store, writers)
+    with process_group(job, device, timeout) as store:
+        check_ranks(config, device)
+        with backend_mesh(config, device, timeout) as mesh, run_dir.locked(config.run_dir, mesh):
+            apart = mesh.world_size > 1 and config.checkpoint.background
+            writers = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT) if apart else None
+            _train(config, mesh, store, writers)
 
 
 def _train(config: RunConfig, mesh: Mesh, store: Store | None = None, writers: dist.ProcessGroup | None = None) -> None:
@@ -118,6 +117,7 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None, writers: d
                 "grad_norm": result.grad_norm,
                 "lr": result.lr,
                 "labels": result.labels,
+                "ranks": mesh.world_size,
                 "tokens": position,
                 "seconds": seconds,
                 "tokens_per_s": plan.step_tokens / seconds,
