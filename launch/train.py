@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch.distributed import Store
 
+from lasp import comm
 from lasp.launch import run_dir
 from lasp.launch.backends import backend_mesh, make_engine
 from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
 from lasp.launch.generate import load_model, sample_text
-from lasp.launch.rendezvous import Job, choose_device, process_group
+from lasp.launch.rendezvous import Job, choose_device, group_timeout, process_group
 from lasp.launch.report import METRICS, PLOT, Report, peak_memory_bytes
 from lasp.launch.schema import RunConfig
 from lasp.launch.tokenizer import Tokenizer, fingerprint, load_tokenizer
@@ -50,7 +51,7 @@ def train(config: RunConfig) -> None:
         )
     with (
         process_group(job, device, timeout) as store,
-        backend_mesh(config, device, timeout) as mesh,
+        backend_mesh(config, device, group_timeout(device, timeout)) as mesh,
         run_dir.locked(config.run_dir, mesh),
     ):
         _train(config, mesh, store)
@@ -144,6 +145,7 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+@comm.scope("resume")
 def _resume(
     config: RunConfig, engine: Engine, mesh: Mesh, tokenizer: Tokenizer, store: Store | None
 ) -> tuple[int, list[str]]:
@@ -229,6 +231,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"this run differs from its checkpoint: {', '.join(changed)}"] if changed else []
 
 
+@comm.scope("save")
 def _save(config: RunConfig, engine: Engine, mesh: Mesh, tokenizer: Tokenizer, position: int) -> str:
     """Write a checkpoint from the first rank; every rank learns whether it worked."""
     model = _architecture(config)
