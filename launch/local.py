@@ -61,7 +61,7 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
     Raises:
         RankFailure: a rank failed; the others have been ended. Interrupted: a signal came before they could save.
     """
-    store = _loopback_store()
+    store = loopback_store()
     store.set(_TASK, json.dumps({"config": config.plain(), "work": work, "arguments": arguments}))
     command = [sys.executable, "-m", "lasp.launch.local"]
     ranks: list[subprocess.Popen] = []
@@ -82,7 +82,7 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
         raise _explain(codes, store)
 
 
-def _loopback_store() -> TCPStore:
+def loopback_store() -> TCPStore:
     """A store that this machine alone can reach: torch's own would listen on every network."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
