@@ -25,7 +25,7 @@ from lasp import comm
 from lasp.parallel.watchdog import Watchdog
 
 ERROR = "lasp/error/{rank}"  # key of a rank's report of its end
-_FOREIGN_S = 10.0  # a store answers at once; who does not is none
+_FOREIGN_S = 30.0  # a store answers at once, however busy; who does not is none
 _WATCH_TIMEOUT = timedelta(seconds=10)
 _NCCL_MARGIN = timedelta(seconds=60)
 

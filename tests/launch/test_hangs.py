@@ -1,8 +1,11 @@
 """A planted hang is explained by name, in time, on every rank that survives it."""
 
+import functools
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from unittest import mock
@@ -12,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lasp.exchange import AllGather
+from lasp.launch.cli import main
 from lasp.launch.local import RankFailure, run_local
 from lasp.launch.schema import load_config
 from lasp.launch.train import train
@@ -40,7 +44,6 @@ def train_with_fault(config, fault, rank="1"):
             for group in tuple(dist.distributed_c10d._world.pg_map):
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=LIMIT_S), group)
         if me == int(rank) and calls == (STEP - 1) * MODEL["num_layers"] + LAYER + 1:
-            print(f"fault at {time.time()}", flush=True)
             skipping = fault == "skip"
             if fault == "sleep":
                 time.sleep(1000)
@@ -63,7 +66,7 @@ def train_with_fault(config, fault, rank="1"):
 
 
 def failure(folder, fault, ranks, *overrides, rank=1):
-    """What the launcher says, and seconds from the fault to it."""
+    """What the launcher says."""
     config = load_config(tiny_yaml(folder, **SETTINGS), [f"cp={ranks}", "steps=50", *overrides])
     with pytest.raises(RankFailure) as caught:
         run_local(config, ranks, "tests.launch.test_hangs:train_with_fault", fault=fault, rank=str(rank))
@@ -96,3 +99,26 @@ def test_a_rank_that_is_killed_is_named(tmp_path, rank):
         rf"rank {1 - rank} waits in collective \d+ {HERE} since \d\.\d s",
         found,
     ), found
+
+
+def test_under_torchrun_every_rank_says_the_same_sentence(tmp_path):
+    overrides = ["cp=2", "steps=50"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.launch.test_hangs"]
+    done = subprocess.run(
+        [sys.executable, *command, "train", str(tiny_yaml(tmp_path, **SETTINGS)), *overrides],
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 2 and lines[0] == lines[1], done.stderr
+    sentence = rf"error: rank 1 \(host \S+\) never reached collective \d+ {HERE}; rank 0 waits there since [4-7]\.\d s"
+    assert re.fullmatch(sentence, lines[0]), lines[0]
+    assert done.stderr.count("in faulty_forward") == 2 and "CommError" not in done.stderr, done.stderr
+
+
+if __name__ == "__main__":  # a rank of that test
+    with mock.patch("lasp.launch.train.train", functools.partial(train_with_fault, fault="sleep")):
+        main()
