@@ -1,8 +1,12 @@
-"""The only collectives of the attention operators, and the ledger that counts them.
+"""The only collectives of the attention operators, and those who look on: the ledger that counts them, the watchdog.
 
 Every function returns a :class:`Pending`: the operation is in flight until ``wait()``, so that a caller can work
-meanwhile. A wait never lasts longer than the group's timeout; when it fails, the error names the ranks that did not
-take part. Which collectives run must depend only on values that are equal on all ranks of the group.
+meanwhile. A wait never lasts longer than the group's timeout; when it fails, the error says which collective it was
+and who is missing. Which collectives run must depend only on values that are equal on all ranks of the group.
+
+A collective is known by its group, its number in the group, which torch counts, and its place: the names of the
+:func:`scope` blocks around it, as ``layer 7``, and those that its operator gives, as ``linear, forward``. A backward
+may run on another thread, outside the blocks, so an operator makes its place in the forward and keeps it.
 """
 
 from __future__ import annotations
@@ -11,18 +15,96 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lasp.hangs import Report, Wait, explain
+
+_SILENCE_S = 3.0  # how long the other ranks have to say where they are
 
 
 class CommError(RuntimeError):
     """Other ranks cannot be met or waited for. The message is the whole story: who, where, for how long."""
 
 
+@dataclass(eq=False)
+class Call:
+    """A collective that this rank has entered.
+
+    Attributes:
+        name: ``all_gather``, ``reduce_scatter``, ``all_to_all``, or what a block waits for.
+        group: the process group.
+        number: in the group, counted from 1. A block may issue more than one: that of the first.
+        place: names of the scopes and of the operator; equal on all ranks.
+        started: ``time.monotonic()`` when it was entered.
+        num_bytes: this rank's input; None where the collective is not issued here.
+        done: on a CUDA device, what has happened when the device is through with it, once that has been asked of it.
+    """
+
+    name: str
+    group: dist.ProcessGroup | None
+    number: int
+    place: str
+    started: float
+    num_bytes: int | None = None
+    done: torch.cuda.Event | None = None
+
+
+class Observer:
+    """Sees the collectives of this process, in any thread, between :meth:`attach` and :meth:`detach`."""
+
+    def entered(self, call: Call) -> None:
+        """``call`` is about to be issued."""
+
+    def left(self, call: Call) -> None:
+        """The host goes on; on a CUDA device ``call`` has ended when ``call.done`` has happened."""
+
+    def moved(self, scope: tuple[str, ...]) -> None:
+        """A scope was entered or left; ``scope`` is what is around the code now."""
+
+    def explain(self, call: Call | None, error: str) -> str | None:
+        """Why ``call`` failed, None being the newest of any group; None from an observer that cannot tell."""
+
+    def attach(self) -> None:
+        """Begin to see."""
+        _observers.append(self)
+
+    def detach(self) -> None:
+        """See no more."""
+        _observers.remove(self)
+
+
+# Shared by all threads on purpose: autograd runs a backward on threads of its own.
+_observers: list[Observer] = []
+_scope: ContextVar[tuple[str, ...]] = ContextVar("lasp_scope", default=())
+
+
+@contextlib.contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Collectives of the block are of ``name``: a layer, or a part of a step. Blocks nest; also a decorator."""
+    before = _scope.get()
+    token = _scope.set((*before, name))
+    for observer in _observers:
+        observer.moved((*before, name))
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+        for observer in _observers:
+            observer.moved(before)
+
+
+def place(*names: str) -> str:
+    """The names of the scopes around the caller, then ``names``."""
+    return ", ".join((*_scope.get(), *names))
+
+
 @dataclass
-class Ledger:
+class Ledger(Observer):
     """What this rank handed to collectives while a :func:`record` block was open.
 
     Attributes:
@@ -33,29 +115,30 @@ class Ledger:
     calls: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
 
-
-# Open ledgers. Shared by all threads on purpose: autograd runs a backward on threads of its own.
-_open_ledgers: list[Ledger] = []
+    def entered(self, call: Call) -> None:
+        """Count it."""
+        if call.num_bytes is not None:
+            self.calls[call.name] += 1
+            self.bytes[call.name] += call.num_bytes
 
 
 @contextlib.contextmanager
 def record() -> Iterator[Ledger]:
     """Count the collectives issued inside the block, forward and backward, in any thread of this process."""
     ledger = Ledger()
-    _open_ledgers.append(ledger)
+    ledger.attach()
     try:
         yield ledger
     finally:
-        _open_ledgers.remove(ledger)
+        ledger.detach()
 
 
 class Pending:
     """A collective in flight. ``wait()`` once returns its result."""
 
-    def __init__(self, place: str, work: dist.Work, x: Tensor, out: Tensor, group: dist.ProcessGroup | None):
-        self._place, self._work, self._group = place, work, group
+    def __init__(self, call: Call, work: dist.Work, x: Tensor, out: Tensor):
+        self.call, self._work = call, work
         self._x, self._out = x, out  # the input must stay alive until the wait
-        self._started = time.monotonic()
 
     def wait(self) -> Tensor:
         """The result, complete on the current stream.
@@ -66,30 +149,38 @@ class Pending:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise CommError(_describe_failure(self._place, self._group, self._started, error)) from error
+            raise _failure(self.call, error) from error
+        _leave(self.call)
         self._x = None
         return self._out
 
 
-def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Pending:
-    """Every rank's ``x`` (equal shapes) stacked along a new dim 0, in group-rank order: [cp_size, *x.shape]."""
+def all_gather(x: Tensor, group: dist.ProcessGroup | None, place: str | None = None) -> Pending:
+    """Every rank's ``x`` (equal shapes) stacked along a new dim 0, in group-rank order: [cp_size, *x.shape].
+
+    ``place``, here and below: what to call the collective; default: the scopes around and its name.
+    """
     x = x.contiguous()
     out = x.new_empty((dist.get_world_size(group), *x.shape))
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-    return _issue("all_gather", x, group, out, lambda: gather(out.view(-1), x.view(-1), group, async_op=True))
+    return _issue("all_gather", x, group, out, place, lambda: gather(out.view(-1), x.view(-1), group, async_op=True))
 
 
-def reduce_scatter(x: Tensor, group: dist.ProcessGroup | None) -> Pending:
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup | None, place: str | None = None) -> Pending:
     """The sum over ranks of ``x[cp_rank]``, for ``x`` [cp_size, ...]."""
     x = x.contiguous()
     out = x.new_empty(x.shape[1:])
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
     issue = lambda: scatter(out.view(-1), x.view(-1), dist.ReduceOp.SUM, group, async_op=True)  # noqa: E731
-    return _issue("reduce_scatter", x, group, out, issue)
+    return _issue("reduce_scatter", x, group, out, place, issue)
 
 
 def all_to_all(
-    x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
+    x: Tensor,
+    send_counts: Sequence[int],
+    receive_counts: Sequence[int],
+    group: dist.ProcessGroup | None,
+    place: str | None = None,
 ) -> Pending:
     """Send ``send_counts[r]`` consecutive rows of ``x`` to each rank r, receive ``receive_counts[r]`` from it.
 
@@ -98,33 +189,34 @@ def all_to_all(
     x = x.contiguous()
     out = x.new_empty((sum(receive_counts), *x.shape[1:]))
     counts = list(receive_counts), list(send_counts)
-    return _issue("all_to_all", x, group, out, lambda: dist.all_to_all_single(out, x, *counts, group, async_op=True))
+    issue = lambda: dist.all_to_all_single(out, x, *counts, group, async_op=True)  # noqa: E731
+    return _issue("all_to_all", x, group, out, place, issue)
 
 
-def _issue(name: str, x: Tensor, group: dist.ProcessGroup | None, out: Tensor, start: Callable) -> Pending:
-    for ledger in _open_ledgers:
-        ledger.calls[name] += 1
-        ledger.bytes[name] += x.numel() * x.element_size()
+def _issue(
+    name: str, x: Tensor, group: dist.ProcessGroup | None, out: Tensor, place: str | None, start: Callable
+) -> Pending:
+    call = _enter(name, group, place, x.numel() * x.element_size())
     try:
         work = start()
     except RuntimeError as error:
-        raise CommError(_describe_failure(_place(name, group), group, time.monotonic(), error)) from error
-    return Pending(_place(name, group), work, x, out, group)
+        raise _failure(call, error) from error
+    return Pending(call, work, x, out)
 
 
 @contextlib.contextmanager
 def explained(name: str, group: dist.ProcessGroup | None, *, timed: bool = True) -> Iterator[None]:
-    """A collective that is not issued here and fails in the block says who is missing, as those of this file do.
+    """Collectives that are not issued here are seen, and explained when they fail, as those of this file are.
 
     Args:
         name: what the block waits for.
         group: on which group.
-        timed: whether the block does nothing else, so that its time is that of the wait.
+        timed: whether the block does nothing else. Otherwise only its failure is explained.
 
     Raises:
         CommError: a collective failed or timed out.
     """
-    started = time.monotonic() if timed else None
+    call = _enter(name, group, None, None) if timed else None
     try:
         yield
     except CommError:
@@ -132,53 +224,67 @@ def explained(name: str, group: dist.ProcessGroup | None, *, timed: bool = True)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo has no error type of its own
             raise
-        raise CommError(_describe_failure(_place(name, group), group, started, error)) from error
+        raise _failure(call, error) from error
+    finally:
+        if call is not None:
+            _leave(call)
 
 
-def _place(name: str, group: dist.ProcessGroup | None) -> str:
-    """The newest collective of the group by name and number: equal on two ranks that are at the same place."""
-    return f"{name} {_group(group)._get_sequence_number_for_group()}"
+def last_number(group: dist.ProcessGroup | None) -> int:
+    """How many collectives this rank has entered in the group: torch's count, equal on ranks that did the same."""
+    return _group(group)._get_sequence_number_for_group()
 
 
 def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return dist.group.WORLD if group is None else group
 
 
-def _describe_failure(
-    place: str, group: dist.ProcessGroup | None, started: float | None, error: RuntimeError, grace_s: float = 3.0
-) -> str:
-    """Who is missing: each rank whose wait failed leaves its place in the job's store."""
-    waited = "" if started is None else f" after {time.monotonic() - started:.1f} s"
-    ranks, me = dist.get_process_group_ranks(_group(group)), dist.get_rank()
-    message = f"{place} failed on rank {me} (group of ranks {ranks}){waited}."
+def _enter(name: str, group: dist.ProcessGroup | None, where: str | None, num_bytes: int | None) -> Call:
+    where = place(name) if where is None else where
+    call = Call(name, _group(group), last_number(group) + 1, where, time.monotonic(), num_bytes)
+    for observer in _observers:
+        observer.entered(call)
+    return call
+
+
+def _leave(call: Call) -> None:
+    if not _observers:
+        return
+    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        call.done = torch.cuda.Event()
+        call.done.record()
+    for observer in _observers:
+        observer.left(call)
+
+
+def _failure(call: Call | None, error: RuntimeError) -> CommError:
+    """The error that says who is missing, from an observer that knows, else from what ranks leave in the store."""
+    found = (observer.explain(call, str(error)) for observer in tuple(_observers))
+    text = next((text for text in found if text is not None), None)
+    return CommError(_ask_the_failed(call, str(error)) if text is None else text)
+
+
+def _ask_the_failed(call: Call | None, error: str) -> str:
+    """Without a watchdog on every rank: each rank whose wait failed leaves its place in the job's store."""
+    group, me = _group(None if call is None else call.group), dist.get_rank()
+    number, what = (last_number(group), "issued by torch") if call is None else (call.number, call.place)
+    age = 0.0 if call is None else time.monotonic() - call.started
+    ranks = tuple(dist.get_process_group_ranks(group))
+    wait = Wait(group.group_name, ranks, number, what, age)
+    history = {wait.group: {number: what}}
+    own = Report(reached={wait.group: number}, history=history, waits=(wait,), answered=True)
+    keys = {rank: f"lasp/waiting/{wait.group}/{rank}" for rank in ranks}
+    deadline = time.monotonic() + _SILENCE_S
     try:
-        places = _meet(place, f"lasp/waiting/{_group(group).group_name}", ranks, time.monotonic() + grace_s)
+        store = dist.distributed_c10d._get_default_store()
+        store.set(keys[me], own.to_json())
+        while not store.check(list(keys.values())) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        reports = {rank: Report.from_json(store.get(key)) for rank, key in keys.items() if store.check([key])}
     except RuntimeError:
-        return f"{message} The job's store is gone as well: look at rank 0's first error."
-    missing = [rank for rank in ranks if rank not in places]
-    elsewhere = [f"rank {rank} in {other}" for rank, other in places.items() if other != place]
-    if elsewhere:
-        message += f" Others wait in another one: {', '.join(elsewhere)}; those with the lower number are behind."
-    if not missing:
-        reason = str(error).partition("\n")[0]
-        return message if elsewhere else f"{message} All ranks of the group entered it. The error was: {reason}"
-    if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+        reason = error.partition("\n")[0]
         return (
-            f"{message} Rank(s) {missing} never entered it or died: look at their first error, or raise the group's "
-            "timeout (timeout_s) if they are slow."
+            f"collective {number} ({what}) failed on rank {me} after {age:.1f} s ({reason}), and the job's store is "
+            "gone as well: look at rank 0's first error."
         )
-    return (
-        f"{message} A connection was lost. Rank(s) {missing} have not reported: one of them died, others may wait for "
-        "it still. Look at the first error of those."
-    )
-
-
-def _meet(place: str, prefix: str, ranks: list[int], deadline: float) -> dict[int, str]:
-    """Say where this rank waits; the places of all that have said so by the deadline."""
-    store = dist.distributed_c10d._get_default_store()
-    store.set(f"{prefix}/{dist.get_rank()}", place)
-    while True:
-        known = [rank for rank in ranks if store.check([f"{prefix}/{rank}"])]
-        if len(known) == len(ranks) or time.monotonic() >= deadline:
-            return {rank: store.get(f"{prefix}/{rank}").decode() for rank in known}
-        time.sleep(0.05)
+    return explain(wait, reports, error, watched=False)

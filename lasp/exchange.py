@@ -33,6 +33,7 @@ class StateExchange(ABC):
 
     def __init__(self, cp: CPContext, plan: ChainPlan):
         self.cp, self.plan = cp, plan
+        self._place = comm.place("linear")  # here, since a backward runs outside the layer's scope
 
     @abstractmethod
     def start(self, maps: StateMap, fixed: Tensor | None) -> None:
@@ -68,7 +69,7 @@ class AllGather(StateExchange):
         if maps.matrix is not None:
             sent.append(_pick(maps.matrix, self.plan.forward, self.cp.cp_rank))
         self._dense, self._shapes = maps.matrix is not None, [x.shape for x in sent]
-        self._message = self._send(sent)
+        self._message = self._send(sent, "forward")
 
     def wait(self, initial: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         state, *rest = [x.flatten(0, 1) for x in self._receive(self._shapes)]
@@ -93,7 +94,7 @@ class AllGather(StateExchange):
         if self.plan.finals:
             sent.append(d_final.contiguous())
         self._grad_shapes = [x.shape for x in sent]
-        self._message = self._send(sent)
+        self._message = self._send(sent, "backward")
 
     def wait_backward(self) -> Tensor | None:
         grads, *rest = self._receive(self._grad_shapes)
@@ -108,9 +109,11 @@ class AllGather(StateExchange):
                 d_exit[i] = fold(maps.transpose(), None if d_final is None else d_final[document])
         return d_exit
 
-    def _send(self, tensors: list[Tensor]) -> comm.Pending | Tensor:
+    def _send(self, tensors: list[Tensor], direction: str) -> comm.Pending | Tensor:
         packed = torch.cat([x.flatten() for x in tensors])
-        return packed if self.cp.cp_size == 1 else comm.all_gather(packed, self.cp.group)
+        if self.cp.cp_size == 1:
+            return packed
+        return comm.all_gather(packed, self.cp.group, f"{self._place}, {direction}")
 
     def _receive(self, shapes: list[torch.Size]) -> list[Tensor]:
         """The gathered tensors, each [cp_size, *shape]."""

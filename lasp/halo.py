@@ -72,7 +72,8 @@ class _ShortConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, activation, cp):
         plan = halo_plan(cp, weight.shape[1] - 1)
-        exchange = HaloExchange((x,), plan, cp.group)
+        ctx.place = comm.place("convolution")
+        exchange = HaloExchange((x,), plan, cp.group, f"{ctx.place}, forward")
         ctx.cp, ctx.plan, ctx.activation, ctx.has_bias = cp, plan, activation, bias is not None
         padded = _padded(x, exchange, plan, cp)
         ctx.save_for_backward(x, weight, bias, exchange.wait())
@@ -97,7 +98,7 @@ class _ShortConvolution(torch.autograd.Function):
             dpadded[:, :-w].addcmul_(dz[:, w:], taps[-1 - w])
         slots = _halo_slots(plan, cp)
         dhalo = torch.cat([dpadded[:, :0], *(dpadded[:, a:b] for a, b in slots)], 1)
-        back = HaloReturn(dhalo, plan, cp.group)
+        back = HaloReturn(dhalo, plan, cp.group, f"{ctx.place}, backward")
         dweight = torch.zeros_like(weight, dtype=dtype)
         for w in range(pad + 1):  # in flight: the return of the halo's gradient
             dweight[:, -1 - w] = (dz[:, pad:] * padded[:, pad - w : padded.shape[1] - w]).sum((0, 1))
@@ -204,15 +205,18 @@ def halo_plan(cp: CPContext, width: int) -> HaloPlan:
 
 
 class HaloExchange:
-    """The halos of ``xs``, tensors [B, T_local, ..., D_i], in flight, packed along the last dim."""
+    """The halos of ``xs``, tensors [B, T_local, ..., D_i], in flight, packed along the last dim.
 
-    def __init__(self, xs: Sequence[Tensor], plan: HaloPlan, group: dist.ProcessGroup | None):
+    ``place`` is the name of the collective, here and in :class:`HaloReturn`.
+    """
+
+    def __init__(self, xs: Sequence[Tensor], plan: HaloPlan, group: dist.ProcessGroup | None, place: str | None = None):
         self._xs, self._plan, self._halo, self._pending = xs, plan, None, None
         if not plan.silent:
             theirs = [piece for r, pieces in enumerate(plan.sends) if r != plan.cp_rank for piece in pieces]
             rows = torch.cat([_cat_rows(x, theirs) for x in xs], -1)
             rows = rows.transpose(0, 1)  # tokens first: [n, B, ...]
-            self._pending = comm.all_to_all(rows, plan.send_counts, plan.receive_counts, group)
+            self._pending = comm.all_to_all(rows, plan.send_counts, plan.receive_counts, group, place)
 
     def wait(self) -> Tensor:
         """[B, sum(plan.lengths), ..., sum(D_i)]: segment after segment, each halo in the order of its tokens."""
@@ -232,7 +236,7 @@ class HaloExchange:
 class HaloReturn:
     """The gradient of the halos on its way to the owners of their tokens: the adjoint of :class:`HaloExchange`."""
 
-    def __init__(self, dhalo: Tensor, plan: HaloPlan, group: dist.ProcessGroup | None):
+    def __init__(self, dhalo: Tensor, plan: HaloPlan, group: dist.ProcessGroup | None, place: str | None = None):
         self._plan, self._pending = plan, None
         parts = dhalo.split([length for _, _, length in plan.pieces], 1)
         self._own = [part for part, piece in zip(parts, plan.pieces, strict=True) if piece[0] == plan.cp_rank]
@@ -240,7 +244,7 @@ class HaloReturn:
             order = sorted(range(len(parts)), key=lambda i: plan.pieces[i][0])  # stable: by owner, in halo order
             theirs = [parts[i] for i in order if plan.pieces[i][0] != plan.cp_rank]
             rows = torch.cat([dhalo[:, :0], *theirs], 1).transpose(0, 1)
-            self._pending = comm.all_to_all(rows, plan.receive_counts, plan.send_counts, group)
+            self._pending = comm.all_to_all(rows, plan.receive_counts, plan.send_counts, group, place)
 
     def add_to(self, dxs: Sequence[Tensor]) -> None:
         """Add what all ranks' halos contribute to the gradients ``dxs``, tensors [B, T_local, ..., D_i]."""

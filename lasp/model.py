@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp import comm
 from lasp.config import ModelConfig
 from lasp.context import CPContext
 from lasp.features import init_normal
@@ -105,8 +106,8 @@ class LinearLlama(nn.Module):
             ValueError: ``tokens`` is not a two-dimensional int64 tensor, or does not hold the tokens of ``cp``.
         """
         x, rotary = self._embed(tokens, cp, 0)
-        for block in self.layers:
-            x = self._run_block(block, x, rotary, cp)
+        for layer in range(len(self.layers)):
+            x = self._run_block(layer, x, rotary, cp)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -150,16 +151,22 @@ class LinearLlama(nn.Module):
     def _extend(self, tokens, cp, caches, position: int) -> tuple[Tensor, tuple]:
         x, rotary = self._embed(tokens, cp, position)
         kept = []
-        for block, cache in zip(self.layers, caches, strict=True):
-            x, cache = block(x, rotary, cp, cache, keep_cache=True)
+        for layer, (block, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            with comm.scope(f"layer {layer}"):
+                x, cache = block(x, rotary, cp, cache, keep_cache=True)
             kept.append(cache)
         return self.norm(x), tuple(kept)
 
-    def _run_block(self, block: Block, x: Tensor, rotary: Rotary, cp: CPContext | None) -> Tensor:
+    def _run_block(self, layer: int, x: Tensor, rotary: Rotary, cp: CPContext | None) -> Tensor:
         """One block of the training pass; with ``config.recompute`` its activations are made again in backward."""
+
+        def run(x: Tensor) -> Tensor:
+            with comm.scope(f"layer {layer}"):
+                return self.layers[layer](x, rotary, cp)[0]
+
         if self.config.recompute and torch.is_grad_enabled():
-            return recompute(block, x, rotary, cp, cp=cp)[0]
-        return block(x, rotary, cp)[0]
+            return recompute(run, x, cp=cp)
+        return run(x)
 
     def _embed(self, tokens: Tensor, cp: CPContext | None, position: int) -> tuple[Tensor, Rotary]:
         """Embedded tokens, and cos and sin for each width of rotated heads."""

@@ -85,7 +85,8 @@ class _GatherAttention(torch.autograd.Function):
         plan = cp.remember(("softmax", causal), lambda: _GatherPlan.build(cp, causal))
         o = q.new_empty(*q.shape[:3], v.shape[-1])
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=state_dtype(q.dtype))
-        for _, heads, keys, values in _head_groups(q, k, v, cp, plan):
+        ctx.place = comm.place("softmax")
+        for _, heads, keys, values in _head_groups(q, k, v, cp, plan, f"{ctx.place}, forward"):
             part = softmax_forward(q[:, :, heads], keys, values, plan.pieces, causal=causal, scale=scale)
             o[:, :, heads], lse[:, heads] = part
         ctx.save_for_backward(q, k, v, o, lse)
@@ -97,13 +98,13 @@ class _GatherAttention(torch.autograd.Function):
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        scattering = None
-        for kv_heads, heads, keys, values in _head_groups(q, k, v, ctx.cp, ctx.plan):
+        scattering, place = None, f"{ctx.place}, backward"
+        for kv_heads, heads, keys, values in _head_groups(q, k, v, ctx.cp, ctx.plan, place):
             row = (x[:, :, heads] for x in (do, q))
             dq[:, :, heads], dkeys, dvalues = softmax_backward(
                 *row, keys, values, o[:, :, heads], lse[:, heads], ctx.plan.pieces, **ctx.options
             )
-            previous, scattering = scattering, _Scatter(dkeys, dvalues, kv_heads, ctx.cp, ctx.plan)
+            previous, scattering = scattering, _Scatter(dkeys, dvalues, kv_heads, ctx.cp, ctx.plan, place)
             if previous is not None:
                 previous.store(dk, dv)
         scattering.store(dk, dv)
@@ -116,7 +117,8 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cp, window, scale):
         plan = cp.remember(("window", window), lambda: _WindowPlan.build(cp, window))
-        halo = HaloExchange((k, v), halo_plan(cp, window - 1), cp.group).wait()
+        ctx.place = comm.place("softmax")
+        halo = HaloExchange((k, v), halo_plan(cp, window - 1), cp.group, f"{ctx.place}, forward").wait()
         ctx.options = {"window": window, "scale": scale}
         ctx.cp, ctx.plan = cp, plan
         o, lse = softmax_forward(q, *_with_halo(k, v, halo, plan), plan.pieces, **ctx.options)
@@ -133,7 +135,7 @@ class _WindowAttention(torch.autograd.Function):
         dk_parts, dv_parts = (x.split(plan.sizes, 1) for x in (dkeys, dvalues))
         halves = (torch.cat([x[:, :0], *parts[1::2]], 1) for x, parts in ((dkeys, dk_parts), (dvalues, dv_parts)))
         dhalo = torch.cat(list(halves), -1)
-        back = HaloReturn(dhalo, halo_plan(ctx.cp, window - 1), ctx.cp.group)
+        back = HaloReturn(dhalo, halo_plan(ctx.cp, window - 1), ctx.cp.group, f"{ctx.place}, backward")
         dk, dv = torch.cat(dk_parts[0::2], 1), torch.cat(dv_parts[0::2], 1)
         back.add_to((dk, dv))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
@@ -173,7 +175,7 @@ class _GatherPlan:
 
 
 def _head_groups(
-    q: Tensor, k: Tensor, v: Tensor, cp: CPContext, plan: _GatherPlan
+    q: Tensor, k: Tensor, v: Tensor, cp: CPContext, plan: _GatherPlan, place: str
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Per group of kv heads: the kv heads, their query heads, and all needed keys and values in global order.
 
@@ -186,11 +188,11 @@ def _head_groups(
         return
     size = math.ceil(kv_heads / HEAD_GROUPS)
     groups = [slice(a, min(a + size, kv_heads)) for a in range(0, kv_heads, size)]
-    pending = comm.all_gather(_message(k, v, groups[0], plan.longest), cp.group)
+    pending = comm.all_gather(_message(k, v, groups[0], plan.longest), cp.group, place)
     for i, group in enumerate(groups):
         gathered = pending.wait()  # [cp_size, B, longest, heads, D + Dv]
         if i + 1 < len(groups):
-            pending = comm.all_gather(_message(k, v, groups[i + 1], plan.longest), cp.group)
+            pending = comm.all_gather(_message(k, v, groups[i + 1], plan.longest), cp.group, place)
         ordered = _in_order(gathered.unbind(0), plan.run)
         del gathered
         heads = slice(group.start * ratio, group.stop * ratio)
@@ -212,7 +214,7 @@ def _in_order(parts: Sequence[Tensor], run: Sequence[tuple[int, int, int]]) -> T
 class _Scatter:
     """dK, dV of one head group on the way to the owners of their tokens: the adjoint of :func:`_head_groups`."""
 
-    def __init__(self, dkeys: Tensor, dvalues: Tensor, heads: slice, cp: CPContext, plan: _GatherPlan):
+    def __init__(self, dkeys: Tensor, dvalues: Tensor, heads: slice, cp: CPContext, plan: _GatherPlan, place: str):
         packed = torch.cat([dkeys, dvalues], -1)
         self._heads = heads
         shape = (cp.cp_size, packed.shape[0], plan.longest, *packed.shape[2:])
@@ -220,7 +222,7 @@ class _Scatter:
         pieces = packed.split([length for _, _, length in plan.run], 1)
         for (rank, start, length), piece in zip(plan.run, pieces, strict=True):
             shares[rank, :, start : start + length] = piece
-        self._pending = None if cp.cp_size == 1 else comm.reduce_scatter(shares, cp.group)
+        self._pending = None if cp.cp_size == 1 else comm.reduce_scatter(shares, cp.group, place)
         self._sum = shares[0] if cp.cp_size == 1 else None
 
     def store(self, dk: Tensor, dv: Tensor) -> None:

@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,14 +28,15 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from lasp.comm import CommError
-from lasp.launch.rendezvous import Job
+from lasp.launch.rendezvous import ERROR, Job, report_error, watch_keys
 from lasp.launch.schema import RunConfig
 from lasp.parallel.files import explained
+from lasp.parallel.watchdog import last_entered, verdict
 
 TRAIN = "lasp.launch.train:train"
-_TASK, _ERROR = "lasp/task", "lasp/error/{rank}"  # keys of the store
+_TASK = "lasp/task"  # key of the store
 _STORE_TIMEOUT = timedelta(seconds=60)
-_GRACE_S = 6.0  # for the other ranks to end by themselves after one has failed
+_GRACE_S = 8.0  # for the other ranks to end by themselves after one has failed
 _EXPECTED = (ValueError, FloatingPointError, OSError, CommError)  # errors whose message is the whole story
 
 
@@ -59,7 +61,7 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
     Raises:
         RankFailure: a rank failed; the others have been ended. Interrupted: a signal came before they could save.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+    store = loopback_store()
     store.set(_TASK, json.dumps({"config": config.plain(), "work": work, "arguments": arguments}))
     command = [sys.executable, "-m", "lasp.launch.local"]
     ranks: list[subprocess.Popen] = []
@@ -78,6 +80,16 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
         raise Interrupted("interrupted; not every rank could save its place. Run again: it goes on from what is saved.")
     if any(codes):
         raise _explain(codes, store)
+
+
+def loopback_store() -> TCPStore:
+    """A store that this machine alone can reach: torch's own would listen on every network."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1024)
+        port = listener.getsockname()[1]
+        options = {"is_master": True, "wait_for_workers": False, "timeout": _STORE_TIMEOUT}
+        return TCPStore("127.0.0.1", port, master_listen_fd=listener.detach(), **options)
 
 
 @contextlib.contextmanager
@@ -102,6 +114,7 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "LASP_LAUNCHER": "local",
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", loopback),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // num_ranks))),
         # large buffers: huge pages, and no return to the system after each use; else a CPU run is a third page faults
@@ -131,14 +144,18 @@ def _explain(codes: list[int | None], store: TCPStore) -> RankFailure:
     if killed:
         rank, number = killed[0]
         hint = " (out of memory, perhaps)" if number == signal.SIGKILL else ""
+        found = verdict(watch_keys(store))  # what it had entered, who waits for it
         return RankFailure(
             f"rank {rank} was killed by {signal.Signals(number).name}{hint}; the other ranks were ended."
+            + (f"\n{found}" if found else "")
         )
-    keys = [_ERROR.format(rank=rank) for rank in range(len(codes))]
+    keys = [ERROR.format(rank=rank) for rank in range(len(codes))]
     reports = [json.loads(store.get(key)) for key in keys if store.check([key])]
     if not reports:
         rank, code = failed[0]
-        return RankFailure(f"rank {rank} ended with exit code {code} and left no report; see its output above.")
+        last = last_entered(watch_keys(store), rank)
+        where = f" The last it entered was {last}." if last else ""
+        return RankFailure(f"rank {rank} ended with exit code {code} and left no report; see its output above.{where}")
     cause = min(reports, key=lambda report: report["time"])
     if cause["expected"]:
         return RankFailure(cause["message"], cause["traceback"])
@@ -189,15 +206,9 @@ def _child() -> None:
         work(RunConfig.model_validate(task["config"]), **task["arguments"])
     except BaseException as error:
         expected = isinstance(error, _EXPECTED)
-        report = {
-            "rank": job.rank,
-            "time": time.time(),
-            "expected": expected,
-            "message": explained(error) if expected else f"{type(error).__name__}: {error}",
-            "traceback": traceback.format_exc(),
-        }
+        message = explained(error) if expected else f"{type(error).__name__}: {error}"
         try:
-            store.set(_ERROR.format(rank=job.rank), json.dumps(report))
+            report_error(store, job, message, traceback.format_exc(), expected=expected)
             sys.stdout.flush()
         finally:
             os._exit(1)  # an orderly end could wait for ranks that are gone

@@ -7,17 +7,27 @@ the addresses that the dead ranks of its last attempt left in the same store, an
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
+import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lasp import comm
+from lasp.parallel.watchdog import Watchdog
+
+ERROR = "lasp/error/{rank}"  # key of a rank's report of its end
+_FOREIGN_S = 30.0  # a store answers at once, however busy; who does not is none
+_WATCH_TIMEOUT = timedelta(seconds=10)
+_NCCL_MARGIN = timedelta(seconds=60)
 
 STORE = "LASP_STORE"  # HOST:PORT of a store that outlives every attempt, from lasp.launch.torchrun
 
@@ -30,6 +40,7 @@ class Job:
         agent_store: whether the launcher hosts the store; otherwise rank 0 does.
         attempt: restarts before this one, as this node counts them.
         meeting: names this attempt to all ranks, and no other one.
+        quiet: whether the launcher collects the errors of its ranks and shows the one that matters.
     """
 
     rank: int = 0
@@ -41,6 +52,7 @@ class Job:
     agent_store: bool = False
     attempt: int = 0
     meeting: str = "attempt0"
+    quiet: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Job | None:
@@ -85,6 +97,7 @@ class Job:
             agent_store=agent_store,
             attempt=attempt,
             meeting=meeting,
+            quiet=environment.get("LASP_LAUNCHER") == "local",
         )
 
     def store(self, timeout: timedelta) -> dist.TCPStore | None:
@@ -98,10 +111,31 @@ class Job:
         is_host = self.rank == 0 and not self.agent_store
         if not is_host:
             self._await_store(timeout)
+        return self._open(is_host, timeout)
+
+    def watch_store(self) -> dist.TCPStore:
+        """A second connection, for the watchdog: the first one is busy while it waits for a key."""
+        return self._open(False, _WATCH_TIMEOUT)
+
+    @property
+    def store_host(self) -> str:
+        """Who serves the store."""
+        return "the launcher" if self.agent_store else "rank 0"
+
+    def _open(self, is_host: bool, timeout: timedelta) -> dist.TCPStore:
         try:
-            return dist.TCPStore(
-                self.address, self.port, self.world_size, is_host, timeout=timeout, wait_for_workers=False
+            return _within(
+                _FOREIGN_S + timeout.total_seconds() * is_host,
+                lambda: dist.TCPStore(
+                    self.address, self.port, self.world_size, is_host, timeout=timeout, wait_for_workers=False
+                ),
             )
+        except TimeoutError:
+            raise comm.CommError(
+                f"rank {self.rank} of {self.world_size} cannot use the job's store: who listens at {self.address}:"
+                f"{self.port} has not answered for {_FOREIGN_S:g} s and is no store. Choose another MASTER_PORT, on "
+                "every rank."
+            ) from None
         except dist.DistError as error:
             reason = str(error).partition("\n")[0].rstrip(".")
             raise comm.CommError(
@@ -118,14 +152,41 @@ class Job:
                 return socket.create_connection((self.address, self.port), timeout=left).close()
             except OSError as error:
                 if time.monotonic() >= deadline:
-                    host = "the launcher" if self.agent_store else "rank 0"
                     raise comm.CommError(
                         f"rank {self.rank} of {self.world_size} cannot reach the job's store at {self.address}:"
-                        f"{self.port}, which {host} opens, within timeout_s = {timeout.total_seconds():g} s "
-                        f"({error.strerror or error}). Start {host} with the same MASTER_ADDR and MASTER_PORT, or "
-                        "raise timeout_s."
+                        f"{self.port}, which {self.store_host} opens, within timeout_s = "
+                        f"{timeout.total_seconds():g} s ({error.strerror or error}). Start {self.store_host} with the "
+                        "same MASTER_ADDR and MASTER_PORT, or raise timeout_s."
                     ) from error
             time.sleep(0.1)
+
+
+T = TypeVar("T")
+
+
+def _within(seconds: float, make: Callable[[], T]) -> T:
+    """What ``make`` returns or raises. A store's client waits for ever for the first word of what is no store.
+
+    Raises:
+        TimeoutError: it has not returned within ``seconds``.
+    """
+    outcome: list[tuple[T | None, Exception | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((make(), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def choose_device(device: str, job: Job) -> torch.device:
@@ -147,7 +208,10 @@ def choose_device(device: str, job: Job) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(job: Job, device: torch.device, timeout: timedelta) -> Iterator[dist.TCPStore | None]:
-    """The default process group of the job while the block runs; a job of one rank gets none. Gives the job's store.
+    """The default process group of the job, watched, while the block runs; a job of one rank has none.
+
+    Gives the job's store. A collective that takes longer than ``timeout`` ends the job with a sentence that says whom
+    it waits for, on every rank: as a CommError, or where the host does not wait, by the end of the process.
 
     Raises:
         CommError: not all ranks of the job came within ``timeout``; a collective in the block failed.
@@ -158,7 +222,7 @@ def process_group(job: Job, device: torch.device, timeout: timedelta) -> Iterato
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    shared = dist.PrefixStore(f"lasp/{job.meeting}", store)
+    shared = _own_keys(store, job.meeting)
     try:
         _await_ranks(job, shared, timeout)
         dist.init_process_group(
@@ -166,16 +230,63 @@ def process_group(job: Job, device: torch.device, timeout: timedelta) -> Iterato
             store=shared,
             rank=job.rank,
             world_size=job.world_size,
-            timeout=timeout,
+            timeout=group_timeout(device, timeout),
         )
+        watch = job.watch_store()
     except dist.DistError as error:
         raise comm.CommError(
             f"rank {job.rank} of {job.world_size} lost the others while they met at {job.address}:{job.port} "
             f"(timeout_s = {timeout.total_seconds():g} s): {error}. Look at the first error of the other ranks."
         ) from error
-    with comm.explained("collective", None, timed=False):  # those that torch issues itself, for sharded parameters
+    watched = Watchdog(
+        watch_keys(watch, job.meeting),
+        job.rank,
+        job.world_size,
+        timeout.total_seconds(),
+        range(job.rank - job.local_rank, job.rank - job.local_rank + job.local_world_size),
+        lambda verdict: _end(job, watch, verdict),
+        store_host=job.store_host,
+    )
+    with watched, comm.explained("collective", None, timed=False):  # those that torch issues itself
         yield store  # after a failure the process ends; tearing the group down could wait for ranks that are gone
     dist.destroy_process_group()
+
+
+def group_timeout(device: torch.device, timeout: timedelta) -> timedelta:
+    """The timeout to give to a process group: NCCL ends a process without a word, so the watchdog is to come first."""
+    return timeout + _NCCL_MARGIN if device.type == "cuda" else timeout
+
+
+def report_error(store: dist.Store, job: Job, message: str, details: str, *, expected: bool) -> None:
+    """Leave an error where the launcher looks for it, with the time: the earliest is the cause.
+
+    Args:
+        message: for the user. details: a traceback, or nothing.
+        expected: whether the message is the whole story.
+    """
+    report = {"rank": job.rank, "time": time.time(), "expected": expected, "message": message, "traceback": details}
+    store.set(ERROR.format(rank=job.rank), json.dumps(report))
+
+
+def _end(job: Job, store: dist.Store, verdict: str) -> None:
+    """End this process with the verdict, while its main thread waits."""
+    try:
+        if job.quiet:
+            report_error(store, job, verdict, "", expected=True)
+        else:
+            print(f"error: {verdict}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)
+
+
+def _own_keys(store: dist.Store, meeting: str) -> dist.Store:
+    """Keys that a restarted job does not find."""
+    return dist.PrefixStore(f"lasp/{meeting}", store)
+
+
+def watch_keys(store: dist.Store, meeting: str = Job.meeting) -> dist.Store:
+    """What the watchdogs of an attempt write down; see :func:`lasp.parallel.watchdog.verdict`."""
+    return dist.PrefixStore("watch", _own_keys(store, meeting))
 
 
 def _await_ranks(job: Job, store: dist.Store, timeout: timedelta) -> None:

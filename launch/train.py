@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
+from lasp import comm
 from lasp.launch import run_dir
 from lasp.launch.backends import backend_mesh, make_engine
 from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
 from lasp.launch.generate import load_model, sample_text
 from lasp.launch.preflight import check_ranks
-from lasp.launch.rendezvous import Job, choose_device, process_group
+from lasp.launch.rendezvous import Job, choose_device, group_timeout, process_group
 from lasp.launch.report import METRICS, PLOT, Report, peak_memory_bytes
 from lasp.launch.schema import RunConfig
 from lasp.launch.tokenizer import Tokenizer, fingerprint, load_tokenizer
@@ -34,8 +35,6 @@ from lasp.parallel.engine import Engine
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.saver import Saver
 from lasp.parallel.tensor_files import read_tensors
-
-_WRITE_TIMEOUT = timedelta(hours=1)  # of ranks that wait for the disks of others
 
 
 def train(config: RunConfig) -> None:
@@ -56,9 +55,10 @@ def train(config: RunConfig) -> None:
         )
     with process_group(job, device, timeout) as store:
         check_ranks(config, device)
-        with backend_mesh(config, device, timeout) as mesh, run_dir.locked(config.run_dir, mesh):
+        limit = group_timeout(device, timeout)
+        with backend_mesh(config, device, limit) as mesh, run_dir.locked(config.run_dir, mesh):
             apart = mesh.world_size > 1 and config.checkpoint.background
-            writers = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT) if apart else None
+            writers = dist.new_group(backend="gloo", timeout=limit) if apart else None
             _train(config, mesh, store, writers)
 
 
@@ -156,6 +156,7 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
+@comm.scope("resume")
 def _resume(
     config: RunConfig, engine: Engine, mesh: Mesh, tokenizer: Tokenizer, store: Store | None
 ) -> tuple[int, list[str]]:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lasp import comm
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate
 from lasp.parallel.offload import SavedTensors
@@ -167,8 +168,9 @@ class ModuleEngine(Engine):
             loss = self.loss(batch) / count  # shares of all ranks and micro batches add up to the loss
             self._backward(loss, last=index == len(batches) - 1)
             share += loss.detach()
-        norm = self._collect_gradients()
-        loss, grad_norm = self.mesh.sum(share.clone()).item(), norm.item()
+        with comm.scope("gradients"):
+            norm = self._collect_gradients()
+            loss, grad_norm = self.mesh.sum(share.clone()).item(), norm.item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._zero_gradients()
         self._check_finite(loss, grad_norm, share.item())

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lasp import comm
 from lasp.context import CPContext
 from lasp.layout import SequenceLayout
 from lasp.parallel.mesh import Mesh
@@ -75,6 +76,7 @@ def shift_labels(tokens_global: Tensor, layout: SequenceLayout, loss_mask: Tenso
     return labels
 
 
+@comm.scope("label count")
 def count_labels(labels: Sequence[Tensor], mesh: Mesh) -> Tensor:
     """Labels of the whole step: all micro batches of all ranks. A scalar on the device, at least 1.
 
@@ -114,6 +116,7 @@ def reduce_gradients(buffers: Iterable[Tensor], mesh: Mesh, bucket_elements: int
             mesh.sum(bucket)
 
 
+@comm.scope("evaluation")
 @torch.no_grad()
 def evaluate(loss_sum: Callable[[Batch], Tensor], batches: Iterable[Batch], mesh: Mesh) -> float | None:
     """The loss over ``batches``, equal on all ranks and the same at every cp size; None where no rank has a label.

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from lasp.comm import CommError
+from lasp import comm
 from lasp.parallel.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -82,7 +82,7 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif self._thread is not None and not issubclass(kind, CommError):
+        elif self._thread is not None and not issubclass(kind, comm.CommError):
             self._thread.join()  # the run ends with its own error
 
     @property
@@ -103,6 +103,7 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    @comm.scope("save")
     def save(
         self,
         step: int,
@@ -151,7 +152,8 @@ class Saver:
 
     def _write_aside(self, *content: Any) -> None:
         try:
-            self._write(*content)
+            with comm.scope("save in the background"):
+                self._write(*content)
         except BaseException as error:
             self._error = error
 

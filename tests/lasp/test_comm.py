@@ -1,31 +1,83 @@
-"""A collective that fails says which one it was, who is missing, and who waits in another one."""
+"""A collective has a number and a place, the same on every rank; when it fails, the error says who is missing."""
 
+import re
 import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from lasp import comm
+from lasp import CPContext, SequenceLayout, comm
+from tests.lasp.test_model import CONV, make_model
+
+
+class Places(comm.Observer):
+    """Numbers and places in the order in which this rank entered them."""
+
+    def __init__(self):
+        self.seen, self.open = [], set()
+
+    def entered(self, call):
+        self.seen.append((call.number, call.place))
+        self.open.add(call)
+
+    def left(self, call):
+        self.open.remove(call)
 
 
 def _numbers(group):
-    x = torch.ones(dist.get_world_size(group), 3)
-    places = []
-    for issue in (lambda: comm.all_gather(x, group), lambda: comm.reduce_scatter(x, group)) * 2:
-        pending = issue()
-        pending.wait()
-        places.append(pending._place)
-    pending = comm.all_to_all(x, [1] * len(x), [1] * len(x), group)
-    pending.wait()
-    return [*places, pending._place]
+    x, places = torch.ones(dist.get_world_size(group), 3), Places()
+    places.attach()
+    try:
+        with comm.scope("a layer"):
+            pending = [comm.all_gather(x, group), comm.reduce_scatter(x, group, "its own name")]
+        pending.append(comm.all_to_all(x, [1] * len(x), [1] * len(x), group))
+        assert len(places.open) == 3
+        for one in pending:
+            one.wait()
+        with comm.explained("barrier", group):
+            dist.barrier(group)
+    finally:
+        places.detach()
+    assert not places.open
+    return places.seen
 
 
 def test_collectives_of_a_group_are_numbered_alike_on_every_rank(ranks):
     first, *others = ranks.run(_numbers, size=3)
-    names, numbers = zip(*(place.split() for place in first), strict=True)
-    assert names == ("all_gather", "reduce_scatter", "all_gather", "reduce_scatter", "all_to_all")
-    assert [int(n) - int(numbers[0]) for n in numbers] == [0, 1, 2, 3, 4] and all(other == first for other in others)
+    numbers, names = zip(*first, strict=True)
+    assert names == ("a layer, all_gather", "its own name", "all_to_all", "barrier")
+    assert [n - numbers[0] for n in numbers] == [0, 1, 2, 3] and all(other == first for other in others)
+
+
+def _places_of_a_model(group, fields):
+    layout, places = SequenceLayout.contiguous(16, dist.get_world_size(group)), Places()
+    cp, model = CPContext(layout, group), make_model(**fields)
+    tokens = layout.shard(torch.arange(16)[None] % 7, cp.cp_rank)
+    places.attach()
+    try:
+        model(tokens, cp).sum().backward()
+    finally:
+        places.detach()
+    return [place for _, place in places.seen]
+
+
+def test_a_place_is_layer_operator_and_direction(ranks):
+    conv, linear, softmax = "layer 1, convolution", "layer 1, linear", "layer 0, softmax"
+    fields = {"mixer": CONV, "pattern": "SL", "num_layers": 2, "kv_heads": 1}
+    first, second = ranks.run(_places_of_a_model, fields, size=2)
+    assert (
+        first
+        == second
+        == [
+            *(f"{place}, forward" for place in (softmax, conv, linear)),
+            *(f"{place}, backward" for place in (linear, conv, softmax, softmax)),  # keys again, then their gradients
+        ]
+    )
+    halos, _ = ranks.run(_places_of_a_model, fields | {"window": 3}, size=2)
+    assert halos == [*first[:-1]]
+    again, _ = ranks.run(_places_of_a_model, fields | {"recompute": True}, size=2)
+    assert again == [*first[:3], f"{conv}, forward", *first[3:5], f"{softmax}, forward", *first[5:]]
 
 
 def _out_of_step(group):
@@ -42,27 +94,29 @@ def _out_of_step(group):
 
 
 def _late(group):
-    """Rank 1 has failed in the first collective, the other one waits in the second."""
+    """Rank 1 does not come to the second one."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
     comm.all_gather(torch.ones(3), group).wait()
     if dist.get_rank() == 1:
-        number = group._get_sequence_number_for_group()
-        dist.distributed_c10d._get_default_store().set(f"lasp/waiting/{group.group_name}/1", f"all_gather {number}")
-        time.sleep(5)
+        time.sleep(7)
         return
     try:
-        comm.all_gather(torch.ones(3), group).wait()
+        with comm.scope("a layer"):
+            comm.all_gather(torch.ones(3), group).wait()
     except comm.CommError as error:
         return str(error)
 
 
-def test_ranks_that_wait_in_different_collectives_say_so(ranks):
-    early, late = ranks.run(_out_of_step, size=2)
+def test_without_a_watchdog_ranks_that_fail_tell_each_other_where(ranks):
+    parted = ranks.run(_out_of_step, size=2)
     ranks.restart()
     waiting, _ = ranks.run(_late, size=2)
     ranks.restart()
-    assert early.startswith("reduce_scatter 2 failed on rank 0") and "rank 1 in all_gather 2;" in early
-    assert late.startswith("all_gather 2 failed on rank 1") and "rank 0 in reduce_scatter 2;" in late
-    number = int(waiting.split()[1])
-    assert f"rank 1 in all_gather {number - 1}; those with the lower number are behind" in waiting
-    assert "entered it" not in waiting
+    for message in parted:
+        assert re.fullmatch(
+            r"the ranks part at collective \d+: rank 0 as \(reduce_scatter\), rank 1 as \(all_gather\)", message
+        ), message
+    assert re.match(
+        r"rank 1 never reached collective \d+ \(a layer, all_gather\), or died; rank 0 waits there since 3\.\d s",
+        waiting,
+    ), waiting

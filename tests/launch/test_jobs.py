@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed import TCPStore
 from lasp.comm import CommError
 from lasp.launch import run_dir
 from lasp.launch.cli import main
+from lasp.launch.local import loopback_store
 from lasp.launch.rendezvous import Job, process_group
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
@@ -133,6 +135,40 @@ def test_ranks_that_do_not_come_are_named(free_port, rank, message):
     meeting = process_group(job, torch.device("cpu"), timedelta(seconds=0.2))
     with pytest.raises(CommError, match=message.replace("PORT", str(free_port))), meeting:
         pytest.fail("nobody else came")
+
+
+CLIENT = """
+import sys
+from datetime import timedelta
+from lasp.launch import rendezvous
+rendezvous._FOREIGN_S = 0.5
+try:
+    rendezvous.Job(rank=1, world_size=2, port=int(sys.argv[1])).store(timedelta(seconds=5))
+except rendezvous.comm.CommError as error:
+    print(error)
+"""
+
+
+def test_a_server_that_is_no_store_is_refused():
+    """It takes the connection and never says a word: torch's client would wait for it for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        command = [sys.executable, "-c", CLIENT, str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    place = f"127.0.0.1:{port}"
+    assert (
+        f"who listens at {place} has not answered for 0.5 s and is no store. Choose another MASTER_PORT" in done.stdout
+    )
+
+
+def test_the_local_launchers_store_is_out_of_reach_of_other_machines():
+    store = loopback_store()
+    tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    sockets = [line.split()[1:4] for table in tables for line in table]
+    listening = [local for local, _, state in sockets if state == "0A" and local.endswith(f":{store.port:04X}")]
+    assert listening == [f"0100007F:{store.port:04X}"]
+    Job(rank=1, world_size=2, port=store.port).store(timedelta(seconds=10)).set("key", "value")
+    assert store.get("key") == b"value"
 
 
 def test_a_job_that_does_not_come_together_ends_with_one_sentence(tmp_path, monkeypatch, capsys, free_port):
