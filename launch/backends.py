@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 
+from lasp.launch.preflight import check_model
 from lasp.launch.schema import RunConfig
 from lasp.model import LinearLlama
 from lasp.parallel.engine import Engine, OptimizerSettings, build_engine
@@ -60,8 +61,13 @@ def _check_device(device: torch.device) -> None:
 
 
 def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """The model with the same initial values on every rank and at every number of ranks, in its engine."""
+    """The model with the same initial values on every rank and at every number of ranks, in its engine.
+
+    Raises:
+        ValueError: ranks have built different models.
+    """
     model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed))
+    check_model(model, mesh)
     settings = OptimizerSettings(steps=config.steps, **config.optimizer.model_dump())
     if config.backend == "native":
         model = model.to(mesh.device)

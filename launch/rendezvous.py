@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from lasp import comm
 
+STORE = "LASP_STORE"  # HOST:PORT of a store that outlives every attempt, from lasp.launch.torchrun
+
 
 @dataclass(frozen=True)
 class Job:
@@ -26,7 +28,8 @@ class Job:
 
     Attributes:
         agent_store: whether the launcher hosts the store; otherwise rank 0 does.
-        attempt: restarts before this one.
+        attempt: restarts before this one, as this node counts them.
+        meeting: names this attempt to all ranks, and no other one.
     """
 
     rank: int = 0
@@ -37,6 +40,7 @@ class Job:
     port: int = 0
     agent_store: bool = False
     attempt: int = 0
+    meeting: str = "attempt0"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Job | None:
@@ -65,15 +69,22 @@ class Job:
         port = number("MASTER_PORT", 0)
         if port > 65535:
             raise ValueError(f"MASTER_PORT must be below 65536, got {port}. Choose a port that is free.")
+        address, attempt = environment.get("MASTER_ADDR", "127.0.0.1"), number("TORCHELASTIC_RESTART_COUNT", 0)
+        agent_store, meeting = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True", f"attempt{attempt}"
+        if STORE in environment:  # torchrun then chooses a new port for each attempt, and nodes may count differently
+            agent_store, meeting = True, f"{address}:{port}"
+            address, _, store_port = environment[STORE].rpartition(":")
+            port = int(store_port)
         return cls(
             rank=rank,
             world_size=world_size,
             local_rank=number("LOCAL_RANK", rank),
             local_world_size=number("LOCAL_WORLD_SIZE", world_size),
-            address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            address=address,
             port=port,
-            agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            attempt=number("TORCHELASTIC_RESTART_COUNT", 0),
+            agent_store=agent_store,
+            attempt=attempt,
+            meeting=meeting,
         )
 
     def store(self, timeout: timedelta) -> dist.TCPStore | None:
@@ -147,7 +158,7 @@ def process_group(job: Job, device: torch.device, timeout: timedelta) -> Iterato
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    shared = dist.PrefixStore(f"lasp/attempt{job.attempt}", store)
+    shared = dist.PrefixStore(f"lasp/{job.meeting}", store)
     try:
         _await_ranks(job, shared, timeout)
         dist.init_process_group(

@@ -31,6 +31,7 @@ from lasp.launch.sections import (
     OptimizerConfig,
     Positive,
     Section,
+    TorchrunConfig,
 )
 from lasp.launch.token_files import STDLIB
 from lasp.launch.tokenizer import BYTES, load_tokenizer
@@ -89,6 +90,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     megatron: MegatronConfig = MegatronConfig()
+    torchrun: TorchrunConfig = TorchrunConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +123,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"engine={self.engine} has no effect with backend=megatron: leave engine out; Megatron's optimizer is "
                 f"set by megatron.distributed_optimizer = {self.megatron.distributed_optimizer}."
+            )
+        if self.launcher != "torchrun" and self.torchrun != TorchrunConfig():
+            changed = ", ".join(
+                f"{key}={value}" for key, value in self.torchrun.model_dump(exclude_defaults=True).items()
+            )
+            raise ValueError(
+                f"torchrun: {changed} has no effect with launcher={self.launcher}: set launcher=torchrun, or leave "
+                "torchrun out."
             )
         if self.launcher == "ray":
             raise ValueError("launcher=ray is not built yet; use launcher=local or launcher=torchrun.")

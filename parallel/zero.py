@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp import comm
+from lasp.parallel.checkpoint import MODEL, MOMENTS
 from lasp.parallel.engine import ModuleEngine, OptimizerSettings, StepResult
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
 from lasp.parallel.offload import SavedTensors
-from lasp.parallel.zero_stages import MOMENTS, Cut, Gathered, Whole, surroundings
+from lasp.parallel.zero_stages import Cut, Gathered, Whole, surroundings
 
-_KINDS = ("model", *MOMENTS)
+_KINDS = (MODEL, *MOMENTS)
 
 
 def check_available(engine: str, dtype: torch.dtype) -> None:
@@ -72,7 +72,7 @@ class ZeroEngine(ModuleEngine):
         self._stage = kind(stage, self.loss, parameters, self.decayed, exact, settings, mesh)
         self.loss = self._stage.deepspeed
         for name in list(exact):  # the master copy was made from rounded parameters
-            self._stage.put(parameters[name], "model", exact.pop(name))
+            self._stage.put(parameters[name], MODEL, exact.pop(name))
         self._stage.publish()
         self._saved = SavedTensors(model, mesh.device, to_host=False) if stage == 3 else None
 
@@ -96,56 +96,32 @@ class ZeroEngine(ModuleEngine):
     def tensors(self) -> dict[str, Tensor]:
         """The master copy and the moments, each whole in host memory of one rank; see :meth:`Engine.tensors`."""
         kept = {}
-        for index, (name, p) in enumerate(self._parameters.items()):
+        for name, p in self._parameters.items():
             for kind in _KINDS:
-                whole = self._stage.whole(p, kind)
-                if index % self.mesh.world_size == self.mesh.rank:
+                whole = self._stage.whole(p, kind)  # all ranks gather it
+                if self.owner_of(name) == self.mesh.rank:
                     kept[f"{kind}.{name}"] = whole.detach().to("cpu", copy=True)
         return kept
 
     def load(self, step_count: int, read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Continue from what :meth:`tensors` gave on any engine and number of ranks."""
-        owned = {
-            f"{kind}.{name}": torch.empty(self.shapes[name], dtype=self.wide)
-            for index, name in enumerate(self._parameters)
-            if index % self.mesh.world_size == self.mesh.rank
-            for kind in _KINDS
-        }
+        """Every rank reads what it would write, and sends it; see :meth:`lasp.parallel.engine.ModuleEngine.load`."""
+        mine = [name for name in self._parameters if self.owner_of(name) == self.mesh.rank]
+        owned = {f"{kind}.{name}": torch.empty(self.shapes[name], dtype=self.wide) for kind in _KINDS for name in mine}
         read(owned)
-        for index, (name, p) in enumerate(self._parameters.items()):
+        for name, p in self._parameters.items():
+            source = self.mesh.ranks[self.owner_of(name)]
             for kind in _KINDS:
                 mine = owned.pop(f"{kind}.{name}", None)
                 whole = torch.empty(self.shapes[name], dtype=self.wide, device=self.mesh.device)
                 if mine is not None:
                     whole.copy_(mine)
                 with comm.explained("broadcast", self.mesh.world_group):
-                    source = self.mesh.ranks[index % self.mesh.world_size]
                     dist.broadcast(whole, source, group=self.mesh.world_group)
                 self._stage.put(p, kind, whole)
         self._stage.publish()
         self.step_count = step_count
         for state in self._stage.optimizer.state.values():
             state["step"].fill_(step_count)
-
-    # The older interface of checkpoints, on top of the one above.
-
-    def model_tensors(self) -> dict[str, Tensor]:
-        """The master copy by name, whole on every rank, in host memory."""
-        return self._everywhere("model.", "")
-
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The moments, as :meth:`model_tensors`."""
-        return self._everywhere("exp_", "exp_")
-
-    def restore(self, step_count: int, tensors: Any, folder: Any) -> None:
-        """See :meth:`Engine.restore`."""
-        first = tensors and {**{f"model.{name}": x for name, x in tensors["model"].items()}, **tensors["optimizer"]}
-        everything = self.mesh.on_first(lambda: first)
-        self.load(step_count, lambda owned: [x.copy_(everything[name]) for name, x in owned.items()])
-
-    def _everywhere(self, prefix: str, replacement: str) -> dict[str, Tensor]:
-        everything = {name: x for part in self.mesh.gather(self.tensors()) for name, x in part.items()}
-        return {name.replace(prefix, replacement, 1): x for name, x in everything.items() if name.startswith(prefix)}
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         deepspeed = self._stage.deepspeed

@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lasp.parallel.checkpoint import MODEL, MOMENTS
 from lasp.parallel.engine import OptimizerSettings
 from lasp.parallel.mesh import Mesh
 
 BUCKET_ELEMENTS = 2**26  # gradients summed at once: 256 MiB in fp32
 PERSISTENT_ELEMENTS = 100_000  # stage 3 leaves parameters up to this size whole
 LIVE_ELEMENTS = 10**9  # and keeps at most so many of the others whole, if they are needed again soon
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Stage(ABC):
@@ -112,7 +112,7 @@ class Stage(ABC):
         """The master copy (``model``) or a moment of a parameter, on the device of every rank."""
         from deepspeed import utils
 
-        if kind == "model":
+        if kind == MODEL:
             return utils.safe_get_full_fp32_param(p)
         return utils.safe_get_full_optimizer_state(p, kind)
 
@@ -162,7 +162,7 @@ class Whole(Stage):
 
     def whole(self, p: nn.Parameter, kind: str) -> Tensor:
         master = self.master[p]
-        return master if kind == "model" else self.optimizer.state[master][kind]
+        return master if kind == MODEL else self.optimizer.state[master][kind]
 
     def put(self, p: nn.Parameter, kind: str, value: Tensor) -> None:
         self.whole(p, kind).detach().copy_(value)
@@ -194,7 +194,7 @@ class Cut(Stage):
     def put(self, p: nn.Parameter, kind: str, value: Tensor) -> None:
         from deepspeed import utils
 
-        if kind == "model":
+        if kind == MODEL:
             utils.safe_set_full_fp32_param(p, value)
         else:
             utils.safe_set_full_optimizer_state(p, value, kind)
@@ -227,7 +227,7 @@ class Gathered(Stage):
         size = p.ds_tensor.numel()  # the last share is padded
         flat = F.pad(value.flatten(), (0, size * self.mesh.world_size - value.numel()))
         share = flat[size * self.mesh.rank : size * (self.mesh.rank + 1)]
-        if kind == "model":
+        if kind == MODEL:
             utils.safe_set_local_fp32_param(p, share)
         else:
             utils.safe_set_local_optimizer_state(p, share, kind)
