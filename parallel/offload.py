@@ -10,18 +10,20 @@ Autograd shows each tensor that it saves, and asks for it again in the backward 
 
 Copies are exact, so gradients are the same bit for bit. With CUDA the host memory is pinned and copies run on a stream
 of their own: to the host while the forward goes on, back one storage ahead of the backward. On a CPU the copy is a
-copy in the same memory: it shows what would move, and saves nothing. Where blocks are recomputed, their inputs are all
-that is saved, so these alone move; the states that exchanges brought stay on the device: recomputing reads them.
+copy in the same memory: it shows what would move, and saves nothing; `make test-gpu` looks at streams and memory.
+Where blocks are recomputed, their inputs are all that is saved, so these alone move; the states that exchanges brought
+stay on the device: recomputing reads them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 MIN_BYTES = 64 * 1024
@@ -56,19 +58,26 @@ class SavedTensors:
         self._newest: weakref.ref[_HostCopy] | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._hooks: list[torch.autograd.graph.saved_tensors_hooks] = []
+        self._all = list(model.parameters())
         for module in model.modules():
-            if any(p is not None for p in module._parameters.values()):
-                module.register_forward_pre_hook(self._note_parameters)
+            module.register_forward_pre_hook(self._note_parameters)
         model.register_forward_pre_hook(self._enter)
         model.register_forward_hook(self._exit, always_call=True)
 
     def _note_parameters(self, module: nn.Module, _args: tuple) -> None:
-        """They are at their place now; an engine may have them elsewhere in the next forward."""
-        for p in module._parameters.values():
-            if p is not None:
-                self._parameters[p.data_ptr()] = self._storages[p.untyped_storage().data_ptr()] = p
+        """Those that a module reads are at their place now; an engine may have them elsewhere in the next forward."""
+        lists = (m for m in module.children() if isinstance(m, (nn.ParameterList, nn.ParameterDict)))  # are not called
+        for owner in (module, *lists):
+            self._note(owner.parameters(recurse=False))
+
+    def _note(self, parameters: Iterable[nn.Parameter]) -> None:
+        for p in parameters:
+            if isinstance(p, DTensor):
+                continue  # a share: nothing computes with it
+            self._parameters[p.data_ptr()] = self._storages[p.untyped_storage().data_ptr()] = p
 
     def _enter(self, _module: nn.Module, _args: tuple) -> None:
+        self._note(self._all)  # in case a module reads those of another
         self._hooks.append(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
         self._hooks[-1].__enter__()
         self._newest = None

@@ -60,6 +60,28 @@ def test_a_storage_goes_to_the_host_once_and_parameters_never():
         assert all(torch.equal(p.grad, wanted) for p, wanted in zip(model.parameters(), expected))
 
 
+class Lists(nn.Module):
+    """Weights that are in a list, in another module, and cut from a larger one; all are read here."""
+
+    def __init__(self):
+        super().__init__()
+        self.listed = nn.ParameterList(torch.randn(256, 256) / 16 for _ in range(2))
+        self.other = nn.Linear(256, 256)
+        self.large = nn.Parameter(torch.randn(256, 512) / 16)
+
+    def forward(self, x):
+        for weight in (*self.listed, self.other.weight.t(), self.large[:, 256:]):
+            x = torch.tanh(x @ weight)
+        return x.sum()
+
+
+def test_parameters_that_another_module_reads_stay_as_well():
+    model = Lists()
+    saved = SavedTensors(model, CPU, to_host=True)
+    model(torch.randn(128, 256)).backward()
+    assert saved.moved_bytes == 5 * 128 * 256 * 4
+
+
 class Written(nn.Module):
     def __init__(self, elements):
         super().__init__()
@@ -128,6 +150,38 @@ def test_with_recomputed_blocks_their_inputs_are_what_moves(recompute):
     moved = saved.moved_bytes / stream
     assert CONFIG.num_layers < moved <= CONFIG.num_layers + 2 if recompute else moved > 10 * CONFIG.num_layers
     hidden.sum().backward()
+
+
+class Deep(nn.Module):
+    """Saves 16 MiB per layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(1024, 1024) / 32 for _ in range(12))
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = torch.tanh(x @ weight)
+        return x.sum()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_copies_run_beside_the_computation_and_memory_is_freed():
+    model, x = Deep().cuda(), torch.randn(4096, 1024, device="cuda")
+
+    def passes():
+        before = torch.cuda.memory_allocated()
+        loss = model(x)
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated() - before
+        return held, torch.autograd.grad(loss, list(model.weights))
+
+    held, expected = passes()
+    saved = SavedTensors(model, torch.device("cuda", torch.cuda.current_device()), to_host=True)
+    for count in (1, 2):  # the second time in memory that the first one gave back
+        held_now, gradients = passes()
+        assert held > 10 * 2**24 and held_now < 2 * 2**24 and saved.moved_bytes == count * 13 * 2**24
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected))
 
 
 def _run(group, name, recompute, tied, offload):
