@@ -58,9 +58,10 @@ class DataParallelEngine(ModuleEngine):
         return views
 
     def _collect_gradients(self) -> Tensor:
-        gradients = [group.gradient for group in self._groups]
-        reduce_gradients(gradients, self.mesh)
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+        reduce_gradients([group.gradient for group in self._groups], self.mesh)
+        views = [view for group in self._groups for view in group.views(group.gradient).values()]
+        norms = torch._foreach_norm(views, 2.0, torch.float64)  # in fp32 millions of squares lose digits
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def _update(self, lr: float, factor: float) -> None:
         if factor != 1.0:
