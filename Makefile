@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 CONFIG ?= configs/quickstart.yaml
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: setup train test test-all test-gpu million bench lint format clean
+.PHONY: setup train test test-all test-gpu million soak bench lint format clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ test-all: setup
 
 test-gpu: setup
 	$(PYTEST) -m gpu -rs
+
+# twenty kills of ranks and of simulated nodes; minutes
+soak: setup
+	$(BIN)/python -m lasp.launch.soak configs/soak.yaml --launcher torchrun --nodes 2 --kills 20
 
 bench: setup
 	$(BIN)/python benchmarks/chunked.py --json benchmarks/results/chunked_cpu.json

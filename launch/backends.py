@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 
+from lasp.launch.preflight import check_model
 from lasp.launch.schema import RunConfig
 from lasp.model import LinearLlama
 from lasp.parallel.engine import Engine, OptimizerSettings, build_engine
@@ -60,11 +61,18 @@ def _check_device(device: torch.device) -> None:
 
 
 def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
-    """The model with the same initial values on every rank and at every number of ranks, in its engine."""
+    """The model with the same initial values on every rank and at every number of ranks, in its engine.
+
+    Raises:
+        ValueError: ranks have built different models.
+    """
     model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed))
+    check_model(model, mesh)
     settings = OptimizerSettings(steps=config.steps, **config.optimizer.model_dump())
     if config.backend == "native":
-        return build_engine(config.engine, model.to(mesh.device), mesh, settings, config.torch_dtype)
+        model = model.to(mesh.device)
+        offload = config.offload_activations
+        return build_engine(config.engine, model, mesh, settings, config.torch_dtype, offload_activations=offload)
     from lasp.parallel.megatron.engine import MegatronEngine
 
     return MegatronEngine(model, mesh, settings, config.torch_dtype, **config.megatron.model_dump())

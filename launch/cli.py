@@ -6,6 +6,8 @@ lasp generate runs/quickstart --prompt "def main(" --temperature 0.7
 
 from __future__ import annotations
 
+import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -39,24 +41,38 @@ def _with_aliases(overrides: tuple[str, ...], **sizes: int | None) -> list[str]:
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @_sizes
-def train(config: str, overrides: tuple[str, ...], **sizes: int | None) -> None:
+@click.option("--print", "print_only", is_flag=True, help="With launcher=torchrun: print every node's command.")
+@click.option("--slurm", is_flag=True, help="With launcher=torchrun: print a Slurm script for sbatch.")
+def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool, **sizes: int | None) -> None:
     """Train as CONFIG (a YAML file) says. Keys are dotted: optimizer.lr=1e-3.
 
-    Starts the ranks of one machine itself; under torchrun it joins those it finds. Ctrl-C saves and stops;
-    the same command goes on from there.
+    Starts the ranks of one machine itself, or with launcher=torchrun this node's of any number; under torchrun it
+    joins those it finds. Ctrl-C saves and stops; the same command goes on from there.
     """
     from lasp.launch.rendezvous import Job
     from lasp.launch.schema import load_config
 
-    run = load_config(config, _with_aliases(overrides, **sizes))
+    overrides = tuple(_with_aliases(overrides, **sizes))
+    run = load_config(config, overrides)
+    if (print_only or slurm) and run.launcher != "torchrun":
+        raise ValueError(
+            f"{'--slurm' if slurm else '--print'} has no effect with launcher={run.launcher}. Add launcher=torchrun."
+        )
     job = Job.from_environment()
     num_ranks = run.tp_size * run.pp_size * run.cp_size * (run.dp_size or 1)
-    if job is None and run.launcher == "torchrun":
-        raise ValueError(
-            f"launcher=torchrun, but no job is in the environment. Run: torchrun --nproc-per-node {num_ranks} "
-            f"-m lasp.launch.cli train {config}, or set launcher=local."
-        )
-    if job is None and num_ranks > 1:
+    if print_only or slurm:
+        from lasp.launch import torchrun
+
+        if slurm:
+            click.echo(torchrun.sbatch_script(run, [config, *overrides]), nl=False)
+            return
+        for node, command in enumerate(torchrun.all_commands(run, [config, *overrides])):
+            click.echo(f"# node {node}\n{command}")
+    elif job is None and run.launcher == "torchrun":
+        from lasp.launch.torchrun import run_node
+
+        run_node(run, [config, *overrides])
+    elif job is None and num_ranks > 1:
         from lasp.launch.local import run_local
 
         run_local(run, num_ranks)
@@ -124,7 +140,7 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int, temperature: flo
 
 @cli.group()
 def checkpoint() -> None:
-    """Look at checkpoints."""
+    """Look at checkpoints, and convert them."""
 
 
 @checkpoint.command()
@@ -132,15 +148,44 @@ def checkpoint() -> None:
 def inspect(path: str) -> None:
     """Verify every byte of a checkpoint and say what it holds."""
     from lasp.parallel import checkpoint as checkpoints
-    from lasp.parallel.shards import model_tensors
+    from lasp.parallel.shards import parameter_index
 
     saved = checkpoints.load(checkpoints.find(Path(path)))
-    model = model_tensors(saved)
-    parameters = sum(tensor.numel() for tensor in model.values())
+    model = parameter_index(saved)
+    parameters = sum(math.prod(info.shape) for info in model.values())
+    backend, position = saved.state.get("backend", "native"), saved.state["data_position"]
     click.echo(f"{saved.path}: good")
-    click.echo(f"step {saved.step}, {saved.state['data_position']:,} tokens seen, {parameters:,} parameters")
-    for name, tensor in model.items():
-        click.echo(f"  {name:<44} {tuple(tensor.shape)!s:<16} {str(tensor.dtype).removeprefix('torch.')}")
+    click.echo(f"step {saved.step}, {position:,} tokens seen, {parameters:,} parameters, backend {backend}")
+    for name, info in model.items():
+        click.echo(f"  {name:<44} {info.shape!s:<16} {str(info.dtype).removeprefix('torch.')}")
+
+
+@checkpoint.command()
+@click.argument("source")
+@click.argument("target")
+@click.option("--weights-only", is_flag=True, help="Parameters alone, without optimizer states.")
+@click.option("--config", help="The run's YAML file, for a safetensors file that was not made by this command.")
+def convert(source: str, target: str, weights_only: bool, config: str | None) -> None:
+    """Turn a checkpoint into one safetensors file, or such a file into a checkpoint.
+
+    One of SOURCE and TARGET is a file NAME.safetensors, the other a run directory (or a checkpoint as SOURCE). A file
+    without optimizer states becomes a checkpoint of step 0: training begins there.
+    """
+    from lasp.launch.convert import SUFFIX, from_file, to_file
+    from lasp.launch.schema import load_config
+
+    if source.endswith(SUFFIX) == target.endswith(SUFFIX):
+        raise ValueError(f"one of SOURCE = {source} and TARGET = {target} must end with {SUFFIX}. Name one such file.")
+    if target.endswith(SUFFIX):
+        if config is not None:
+            raise ValueError(f"--config has no effect when {target} is written: leave it out.")
+        count = to_file(Path(source), Path(target), weights_only=weights_only)
+        click.echo(f"{target}: {count} tensors")
+    else:
+        if weights_only:
+            raise ValueError(f"--weights-only has no effect when {source} is read: leave it out.")
+        path = from_file(Path(source), Path(target), None if config is None else load_config(config))
+        click.echo(f"{path}: good; train in it with run_dir={target}")
 
 
 def main() -> None:
@@ -163,12 +208,21 @@ def _fail(error: Exception, debug: bool) -> None:
     from lasp.launch.local import Interrupted, RankFailure
     from lasp.parallel.files import explained
 
+    _leave_for_agent(error)
     if debug and isinstance(error, RankFailure):
         click.echo(error.details, err=True)
     elif debug or not isinstance(error, (ValueError, FloatingPointError, OSError, RankFailure, CommError)):
         raise error
     click.secho(f"error: {explained(error)}", fg="red", err=True)
     sys.exit(_INTERRUPTED if isinstance(error, Interrupted) else _FAILURE)
+
+
+def _leave_for_agent(error: Exception) -> None:
+    """Under torchrun the agent shows the first error of a job, from whichever rank; it looks for it in a file."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def _explain(codes: list[int | None], store: TCPStore) -> RankFailure:
     if killed:
         rank, number = killed[0]
         hint = " (out of memory, perhaps)" if number == signal.SIGKILL else ""
-        found = verdict(watch_keys(store, 0))  # what it had entered, who waits for it
+        found = verdict(watch_keys(store))  # what it had entered, who waits for it
         return RankFailure(
             f"rank {rank} was killed by {signal.Signals(number).name}{hint}; the other ranks were ended."
             + (f"\n{found}" if found else "")
@@ -153,7 +153,7 @@ def _explain(codes: list[int | None], store: TCPStore) -> RankFailure:
     reports = [json.loads(store.get(key)) for key in keys if store.check([key])]
     if not reports:
         rank, code = failed[0]
-        last = last_entered(watch_keys(store, 0), rank)
+        last = last_entered(watch_keys(store), rank)
         where = f" The last it entered was {last}." if last else ""
         return RankFailure(f"rank {rank} ended with exit code {code} and left no report; see its output above.{where}")
     cause = min(reports, key=lambda report: report["time"])

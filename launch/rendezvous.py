@@ -29,6 +29,8 @@ _FOREIGN_S = 30.0  # a store answers at once, however busy; who does not is none
 _WATCH_TIMEOUT = timedelta(seconds=10)
 _NCCL_MARGIN = timedelta(seconds=60)
 
+STORE = "LASP_STORE"  # HOST:PORT of a store that outlives every attempt, from lasp.launch.torchrun
+
 
 @dataclass(frozen=True)
 class Job:
@@ -36,7 +38,8 @@ class Job:
 
     Attributes:
         agent_store: whether the launcher hosts the store; otherwise rank 0 does.
-        attempt: restarts before this one.
+        attempt: restarts before this one, as this node counts them.
+        meeting: names this attempt to all ranks, and no other one.
         quiet: whether the launcher collects the errors of its ranks and shows the one that matters.
     """
 
@@ -48,6 +51,7 @@ class Job:
     port: int = 0
     agent_store: bool = False
     attempt: int = 0
+    meeting: str = "attempt0"
     quiet: bool = False
 
     @classmethod
@@ -77,15 +81,22 @@ class Job:
         port = number("MASTER_PORT", 0)
         if port > 65535:
             raise ValueError(f"MASTER_PORT must be below 65536, got {port}. Choose a port that is free.")
+        address, attempt = environment.get("MASTER_ADDR", "127.0.0.1"), number("TORCHELASTIC_RESTART_COUNT", 0)
+        agent_store, meeting = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True", f"attempt{attempt}"
+        if STORE in environment:  # torchrun then chooses a new port for each attempt, and nodes may count differently
+            agent_store, meeting = True, f"{address}:{port}"
+            address, _, store_port = environment[STORE].rpartition(":")
+            port = int(store_port)
         return cls(
             rank=rank,
             world_size=world_size,
             local_rank=number("LOCAL_RANK", rank),
             local_world_size=number("LOCAL_WORLD_SIZE", world_size),
-            address=environment.get("MASTER_ADDR", "127.0.0.1"),
+            address=address,
             port=port,
-            agent_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-            attempt=number("TORCHELASTIC_RESTART_COUNT", 0),
+            agent_store=agent_store,
+            attempt=attempt,
+            meeting=meeting,
             quiet=environment.get("LASP_LAUNCHER") == "local",
         )
 
@@ -211,7 +222,7 @@ def process_group(job: Job, device: torch.device, timeout: timedelta) -> Iterato
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    shared = _own_keys(store, job.attempt)
+    shared = _own_keys(store, job.meeting)
     try:
         _await_ranks(job, shared, timeout)
         dist.init_process_group(
@@ -228,7 +239,7 @@ def process_group(job: Job, device: torch.device, timeout: timedelta) -> Iterato
             f"(timeout_s = {timeout.total_seconds():g} s): {error}. Look at the first error of the other ranks."
         ) from error
     watched = Watchdog(
-        watch_keys(watch, job.attempt),
+        watch_keys(watch, job.meeting),
         job.rank,
         job.world_size,
         timeout.total_seconds(),
@@ -268,14 +279,14 @@ def _end(job: Job, store: dist.Store, verdict: str) -> None:
         os._exit(1)
 
 
-def _own_keys(store: dist.Store, attempt: int) -> dist.Store:
+def _own_keys(store: dist.Store, meeting: str) -> dist.Store:
     """Keys that a restarted job does not find."""
-    return dist.PrefixStore(f"lasp/attempt{attempt}", store)
+    return dist.PrefixStore(f"lasp/{meeting}", store)
 
 
-def watch_keys(store: dist.Store, attempt: int) -> dist.Store:
+def watch_keys(store: dist.Store, meeting: str = Job.meeting) -> dist.Store:
     """What the watchdogs of an attempt write down; see :func:`lasp.parallel.watchdog.verdict`."""
-    return dist.PrefixStore("watch", _own_keys(store, attempt))
+    return dist.PrefixStore("watch", _own_keys(store, meeting))
 
 
 def _await_ranks(job: Job, store: dist.Store, timeout: timedelta) -> None:

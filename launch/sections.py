@@ -16,7 +16,35 @@ def _yes_no_or_path(value: Any) -> bool | str:
     return value
 
 
+def _nodes(value: Any) -> int | str:
+    """A number of nodes, or the fewest and the most as MIN:MAX."""
+    low, colon, high = str(value).partition(":")
+    whole = isinstance(value, (int, str)) and not isinstance(value, bool)
+    if not whole or not low.isdecimal() or (colon and not high.isdecimal()) or not 1 <= int(low) <= int(high or low):
+        raise ValueError(
+            f"must be a number of nodes, or the fewest and the most as MIN:MAX, got {value!r}. Set 2, or 1:2 for a job "
+            "that goes on when a node is lost."
+        )
+    return int(low) if not colon or int(low) == int(high) else f"{int(low)}:{int(high)}"
+
+
+def _endpoint(value: Any) -> str | None:
+    host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    if value is not None and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(
+            f"must be HOST:PORT of the first node, got {value!r}. Set a host that all nodes can reach and a free port "
+            "below 65536, like node1:29400."
+        )
+    return value
+
+
+def _name(value: Any) -> Any:
+    """YAML reads a job's number as an int."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[\w.:-]+$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MAX_LR = 1e6  # beyond it a float32 step overflows
@@ -68,12 +96,14 @@ class CheckpointConfig(Section):
     Attributes:
         every: steps between two; null: only at the end.
         keep: how many to keep; null: all.
+        background: write while training goes on, from a copy in host memory.
         resume: true: continue from the newest good one; false: start over (older results are moved aside);
             or the path of a checkpoint to continue from.
     """
 
     every: Count | None = None
     keep: Count | None = 2
+    background: bool = True
     resume: Annotated[bool | str, BeforeValidator(_yes_no_or_path)] = True
 
 
@@ -96,6 +126,36 @@ class MegatronConfig(Section):
     virtual_stages: Annotated[int, Field(ge=2)] | None = None
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
+
+
+class TorchrunConfig(Section):
+    """Options of ``launcher: torchrun``.
+
+    Attributes:
+        nodes: how many run this job, or MIN:MAX: fewer than MAX go on when one is lost.
+        ranks_per_node: null: those that the sizes ask for, over the nodes.
+        endpoint: HOST:PORT of the first node, which all nodes can reach; null: this machine's loopback, for one node.
+        max_restarts: how often the ranks are started again, from the last checkpoint, after one has failed.
+        is_host: whether this node is the endpoint's; null: torchrun compares host names and addresses.
+        local_addr: the name or address at which the others reach this node; null: its host name.
+        interface: the network interface of Gloo and NCCL, like eth0; null: they choose.
+        job_id: equal on all nodes, different from other jobs at the same endpoint; null: Slurm's, or of run_dir.
+    """
+
+    nodes: Annotated[int | str, BeforeValidator(_nodes)] = 1
+    ranks_per_node: Count | None = None
+    endpoint: Annotated[str | None, BeforeValidator(_endpoint)] = None
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    is_host: bool | None = None
+    local_addr: Name | None = None
+    interface: Name | None = None
+    job_id: Annotated[Name | None, BeforeValidator(_name)] = None
+
+    @property
+    def node_range(self) -> tuple[int, int]:
+        """The fewest and the most nodes."""
+        low, _, high = str(self.nodes).partition(":")
+        return int(low), int(high or low)
 
 
 class LogConfig(Section):

@@ -32,6 +32,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _no_sexagesimal(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """Numbers; to YAML 1.1 alone 1:30 is 90, to a reader it is text."""
+    kind = node.tag.rpartition(":")[2]
+    return node.value if ":" in node.value else getattr(loader, f"construct_yaml_{kind}")(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _no_sexagesimal)
+_Loader.add_constructor("tag:yaml.org,2002:float", _no_sexagesimal)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
 )

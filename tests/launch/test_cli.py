@@ -152,11 +152,6 @@ def test_the_ranks_hear_an_interrupt_from_the_launcher_alone():
     assert done.stdout == "True\n" and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def test_torchrun_without_a_job_says_how_to_start(tmp_path, monkeypatch, capsys):
-    assert _run_main(monkeypatch, "train", tiny_yaml(tmp_path), "launcher=torchrun", "--cp", "4") == 1
-    assert "torchrun --nproc-per-node 4" in capsys.readouterr().err
-
-
 def test_prepare_train_inspect_generate(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

@@ -1,0 +1,265 @@
+"""``launcher=torchrun``: the commands it prints, the Slurm script, what it refuses, how it ends."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from lasp.launch import soak, torchrun
+from lasp.launch.cli import main
+from lasp.launch.local import Interrupted, RankFailure
+from lasp.launch.report import read_metrics
+from lasp.launch.schema import load_config
+from tests.launch.helpers import tiny_yaml
+from tests.launch.test_cli import COMMAND, _run_main
+
+ON = "launcher=torchrun"
+TWO = [ON, "torchrun.nodes=2", "torchrun.endpoint=node1:29400"]
+
+# What the test's cluster has in place of Slurm's commands: two nodes, which are this machine.
+SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do shift; done
+code=0
+pids=()
+for node in 0 1; do
+    SLURM_NODEID=$node "$@" &
+    pids+=($!)
+done
+echo "${pids[@]}" > "$CLUSTER/tasks"
+for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1 $2" = "show hostnames" ]; then echo localhost; echo other; else echo "scontrol $*" >> "$CLUSTER/log"; fi
+"""
+# As Slurm does, it signals every process of the step: agents and ranks too.
+SCANCEL = """#!{python}
+import os, signal, sys
+sys.path.insert(0, "{root}")
+from lasp.launch.torchrun import children
+assert sys.argv[1] == "--signal=TERM", sys.argv
+def tree(pid):
+    return [pid, *(inner for child in children(pid) for inner in tree(child))]
+for task in open(os.environ["CLUSTER"] + "/tasks").read().split():
+    for pid in tree(int(task)):
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+"""
+
+
+def _shape(tmp_path, *overrides):
+    return torchrun.job_shape(load_config(tiny_yaml(tmp_path), [ON, *overrides]))
+
+
+def test_ranks_follow_from_the_sizes(tmp_path):
+    assert _shape(tmp_path, "cp=4") == torchrun.JobShape(1, 1, 4)
+    assert _shape(tmp_path, "cp=2", "dp=2", "torchrun.nodes=2") == torchrun.JobShape(2, 2, 2)
+    assert _shape(tmp_path, "cp=2", "torchrun.nodes=1:2") == torchrun.JobShape(1, 2, 2)  # YAML 1.1 would read 62
+    assert _shape(tmp_path, "cp=2", "torchrun.nodes=2", "torchrun.ranks_per_node=2").nodes == "2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("launcher=local torchrun.nodes=2", "torchrun: nodes=2 has no effect with launcher=local: set launcher=torch"),
+        ("torchrun.nodes=2:1", r"torchrun.nodes: must be a number of nodes, or the fewest .* as MIN:MAX, got '2:1'"),
+        ("torchrun.nodes=0", "must be a number of nodes"),
+        ("torchrun.endpoint=node1", "torchrun.endpoint: must be HOST:PORT of the first node, got 'node1'"),
+        ("torchrun.interface=[a]", "torchrun.interface should be a valid string"),
+        ("torchrun.nodes=1:2 dp=2", "dp_size = 2 fixes the number of ranks, and torchrun.nodes = 1:2 lets it change"),
+        ("torchrun.nodes=2 cp=3", r"3 ranks \(dp_size = 1 times .* cannot be spread evenly over torchrun.nodes = 2"),
+        ("torchrun.ranks_per_node=3 cp=2", r"1 node\(s\) with torchrun.ranks_per_node = 3 are 3 ranks, which must be"),
+        ("torchrun.nodes=1:2 torchrun.ranks_per_node=1 cp=2", r"1 node\(s\) .* are 1 ranks"),
+        ("torchrun.nodes=1:3 cp=1", r"data.batch_size = 2 .* multiple of dp_size, which is 3 with 3 node\(s\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_starts(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        _shape(tmp_path, *overrides.split())
+
+
+def test_print_gives_every_nodes_command(tmp_path, monkeypatch, capsys):
+    path = str(tiny_yaml(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["lasp", "train", path, *TWO, "torchrun.interface=eth0", "--cp", "4", "--print"])
+    main()
+    first, second = (line for line in capsys.readouterr().out.splitlines() if not line.startswith("#"))
+    assert first.replace("is_host=1", "is_host=0") == second
+    words = shlex.split(first)
+    assert words[0] == "env" and {"GLOO_SOCKET_IFNAME=eth0", "NCCL_SOCKET_IFNAME=eth0"} <= {*words}
+    assert "LASP_STORE=node1:29400" in words and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in words
+    run = words[words.index("torch.distributed.run") :]
+    options = dict(zip(run[1:-9:2], run[2:-9:2]))
+    assert options.pop("--rdzv-id").startswith("lasp-")
+    assert options == {
+        "--nnodes": "2",
+        "--nproc-per-node": "2",
+        "--max-restarts": "3",
+        "--rdzv-backend": "c10d",
+        "--rdzv-endpoint": "node1:29400",
+        "--rdzv-conf": "is_host=1,join_timeout=60,read_timeout=60",
+    }
+    assert run[-9:] == ["-m", "lasp.launch.cli", "train", path, *TWO, "torchrun.interface=eth0", "cp_size=4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--print"], "--print has no effect with launcher=local. Add launcher=torchrun."),
+        (["--slurm"], "--slurm has no effect with launcher=local. Add launcher=torchrun."),
+        ([ON, "torchrun.nodes=2", "cp=2"], "torchrun.endpoint is required with torchrun.nodes = 2"),
+        ([ON, "torchrun.is_host=true"], "torchrun.is_host = True has no effect without torchrun.endpoint"),
+        ([*TWO, "cp=2", "torchrun.local_addr=node1", "--print"], "torchrun.local_addr = node1 belongs to one node"),
+        ([*TWO, "cp=2", "--slurm"], "torchrun.endpoint = node1:29400 has no effect with --slurm"),
+    ],
+)
+def test_options_that_contradict_the_command_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(subprocess, "Popen", pytest.fail)
+    assert _run_main(monkeypatch, "train", tiny_yaml(tmp_path), *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def _script(tmp_path, *arguments):
+    made = subprocess.run(
+        [*COMMAND, "train", str(tiny_yaml(tmp_path)), ON, *arguments, "--slurm"], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    path = tmp_path / "job.sbatch"
+    path.write_text(made.stdout)
+    return path
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A folder of commands that stand in for Slurm's, first on the PATH, and the environment of a job."""
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    (folder / "log").touch()
+    root = Path(__file__).resolve().parents[2]
+    for name, text in {
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+        "scancel": SCANCEL.format(python=sys.executable, root=root),
+    }.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    job = {"SLURM_JOB_ID": str(port % 20000), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    environment = {"CLUSTER": str(folder), "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    for name, value in {**job, **environment}.items():
+        monkeypatch.setenv(name, value)
+    return folder
+
+
+def test_a_slurm_job_saves_before_its_end_requeues_itself_and_finishes(tmp_path, cluster):
+    script = _script(tmp_path, "cp=2", "torchrun.nodes=2", "steps=40", "checkpoint.every=1000", "log.sample_tokens=0")
+    text = script.read_text()
+    assert "#SBATCH --nodes=2\n" in text and "#SBATCH --signal=B:TERM@120\n" in text and "{{" not in text
+    assert "--gpus-per-node" not in text  # device: cpu
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+    log = tmp_path / "first.log"
+    with log.open("w") as file:
+        job = subprocess.Popen(["bash", str(script)], stdout=file, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 90
+    while len(read_metrics(tmp_path / "run")) < 2 and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(90) == 0, log.read_text()
+    assert f"scontrol requeue {os.environ['SLURM_JOB_ID']}" in (cluster / "log").read_text()
+    assert re.search(r"stopped at step \d+ of 40; saved", log.read_text()), log.read_text()
+    stopped = len(read_metrics(tmp_path / "run"))
+
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resumed at step {stopped} of 40" in done.stdout and "dp 1 x cp 2 = 2" in done.stdout
+    assert (cluster / "log").read_text().count("requeue") == 1
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == list(range(1, 41))
+
+
+def test_a_script_for_gpus_asks_for_one_per_rank(tmp_path):
+    config = load_config(tiny_yaml(tmp_path), [ON, "device=auto", "cp=8", "torchrun.nodes=1:2"])
+    text = torchrun.sbatch_script(config, ["c.yaml", ON, "torchrun.nodes=1:2", "cp_size=8"])
+    assert "#SBATCH --gpus-per-node=8\n" in text and "#SBATCH --nodes=1-2\n" in text
+    command = re.search(r"' agent (.*) \\\n", text)[1]
+    assert command.endswith(f"train c.yaml {ON} cp_size=8 torchrun.ranks_per_node=8")
+
+
+def test_a_store_for_one_machine_is_on_its_loopback_address():
+    with torchrun.loopback_store() as endpoint:
+        address = f":{int(endpoint.rpartition(':')[2]):04X}"
+        sockets = [
+            line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()
+        ]
+        listening = [fields[1] for fields in sockets if fields[3] == "0A" and fields[1].endswith(address)]
+        assert listening == [f"0100007F{address}"]
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "error", "message"),
+    [
+        ("import time; time.sleep(0.3)", RankFailure, None),
+        ("import sys; sys.exit(3)", RankFailure, r"did not meet at 127\.0\.0\.1:\d+ within timeout_s = 60 s"),
+        ("import os; os.kill(os.getppid(), 15); import time; time.sleep(60)", Interrupted, "not every rank could save"),
+    ],
+)
+def test_how_an_agent_ends_is_told_apart(tmp_path, monkeypatch, stand_in, error, message):
+    make = torchrun.node_command
+
+    def command(*arguments, **options):
+        return torchrun.NodeCommand((sys.executable, "-c", stand_in), make(*arguments, **options).environment)
+
+    monkeypatch.setattr(torchrun, "node_command", command)
+    config = load_config(tiny_yaml(tmp_path), [ON])
+    if message is None:
+        torchrun.run_node(config, [])
+        return
+    with pytest.raises(error, match=message):
+        torchrun.run_node(config, [])
+
+
+SOAK = ["steps=40", "checkpoint.every=5", "dtype=float64"]
+
+
+def test_a_run_whose_rank_is_killed_has_the_curve_of_one_that_was_not(tmp_path):
+    done = CliRunner().invoke(soak.main, [str(tiny_yaml(tmp_path)), *SOAK, "cp_size=2", "--kills", "1"])
+    assert done.exit_code == 0, done.output + (tmp_path / "run" / "killed.log").read_text()
+    assert re.search(r"ranks killed +1\b", done.output) and re.search(r"equal to the last bit +40\b", done.output)
+    assert "resumed at step" in (tmp_path / "run" / "killed.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lost_node_is_done_without_and_taken_back(tmp_path):
+    arguments = [*SOAK, "steps=200", "cp_size=1", "dp_size=2", "--kills", "3", "--nodes", "2"]
+    done = CliRunner().invoke(soak.main, [str(tiny_yaml(tmp_path)), *arguments])
+    assert done.exit_code == 0, done.output + (tmp_path / "run" / "killed.log").read_text()
+    assert re.search(r"nodes killed +[1-3]\b", done.output), done.output
+    assert {record["ranks"] for record in read_metrics(tmp_path / "run" / "killed")} == {1, 2}
+
+
+def test_a_soak_fails_where_curves_differ():
+    calm = {step: {"loss": 1.0, "grad_norm": 2.0, "ranks": 2} for step in (1, 2, 3)}
+    tally = soak.Tally()
+    soak.compare(calm, {**calm, 3: calm[3] | {"ranks": 1, "loss": 1.0 + 9e-6}}, 2, tally)
+    assert not tally.failures and (tally.equal_bits, tally.within_tolerance) == (2, 1) and soak.report(tally) == 0
+    for change, message in (
+        ({2: calm[2] | {"loss": 1.0 + 1e-15}}, "step 2: loss 1.000000000000001, uninterrupted 1.0; must be equal to"),
+        ({2: calm[2] | {"grad_norm": float("nan")}}, "step 2: grad_norm nan"),
+        ({2: calm[2] | {"ranks": 1}, 3: calm[3] | {"loss": 1.0001}}, "step 3: loss 1.0001, .* must be within 1e-05"),
+        ({4: calm[3]}, r"different steps: \[4\]"),
+    ):
+        tally = soak.Tally()
+        soak.compare(calm, {**calm, **change}, 2, tally)
+        assert len(tally.failures) == 1 and re.search(message, tally.failures[0]) and soak.report(tally) == 1

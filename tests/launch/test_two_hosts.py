@@ -1,0 +1,108 @@
+"""The documented commands on two hosts: network namespaces of this machine, joined by a cable."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from lasp.launch.report import read_metrics
+from lasp.launch.schema import load_config
+from lasp.launch.torchrun import children, kill_tree
+from lasp.launch.train import train
+from tests.launch.helpers import tiny_yaml
+from tests.launch.test_cli import COMMAND
+
+STEPS, EVERY = 30, 10
+OPTIONS = [f"steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.keep=null", "log.sample_tokens=0"]
+OPTIONS += ["dtype=float64"]  # training amplifies rounding: what float32 rounds differs by 1e-3 at the end
+
+
+def _ip(*arguments):
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=20)
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Names, addresses and interfaces of two hosts: ``[(name, address, interface), ...]``."""
+    tag = f"{os.getpid() % 100000}"
+    names = [f"lasp{tag}{letter}" for letter in "ab"]
+    pairs = [(name, f"10.{137 + os.getpid() % 100}.7.{n}", f"lv{tag}{n}") for n, name in enumerate(names, 1)]
+    steps = [["netns", "add", name] for name in names]
+    steps += [["link", "add", pairs[0][2], "netns", names[0], "type", "veth", "peer", pairs[1][2], "netns", names[1]]]
+    for name, address, interface in pairs:
+        steps += [["-n", name, "addr", "add", f"{address}/24", "dev", interface]]
+        steps += [["-n", name, "link", "set", device, "up"] for device in (interface, "lo")]
+    try:
+        for step in steps:
+            try:
+                done = _ip(*step)
+            except FileNotFoundError:
+                pytest.skip("two hosts need the command ip (iproute2)")
+            if done.returncode:
+                pytest.skip(f"two hosts need network namespaces: ip {' '.join(step)}: {done.stderr.strip()}")
+        yield pairs
+    finally:
+        for name in names:
+            pids = _ip("netns", "pids", name).stdout.split()
+            for pid in pids:
+                os.kill(int(pid), signal.SIGKILL)
+            _ip("netns", "del", name)  # its end of the cable goes with it, and so the other
+
+
+def _wait_for(condition, processes, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert all(process.poll() is None for process in processes), "a host's command has ended"
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.02)
+
+
+def _steps(folder):
+    return max((record["step"] for record in read_metrics(folder)), default=0)
+
+
+def test_two_hosts_train_like_one_and_go_on_after_a_rank_is_killed(tmp_path, hosts):
+    path = str(tiny_yaml(tmp_path))
+    train(load_config(path, [*OPTIONS, f"run_dir={tmp_path}/alone"]))
+    alone = {record["step"]: record for record in read_metrics(tmp_path / "alone")}
+
+    run, (_, first, _) = tmp_path / "run", hosts[0]
+    agents, logs = [], [tmp_path / f"{name}.log" for name, _, _ in hosts]
+    try:
+        for n, (name, address, interface) in enumerate(hosts):
+            own = [f"torchrun.is_host={str(n == 0).lower()}", f"torchrun.local_addr={address}"]
+            own += [f"torchrun.interface={interface}", "torchrun.nodes=2", f"torchrun.endpoint={first}:29400"]
+            command = [*COMMAND, "train", path, "launcher=torchrun", *own, *OPTIONS, "--cp", "2", "--dp", "2"]
+            with logs[n].open("w") as log:
+                agents.append(
+                    subprocess.Popen(
+                        ["ip", "netns", "exec", name, *command],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    )
+                )
+        _wait_for(lambda: EVERY + 2 <= _steps(run) < 2 * EVERY - 3, agents)
+        (agent,) = children(agents[1].pid)
+        os.kill(children(agent)[-1], signal.SIGKILL)
+        before = {record["step"]: record for record in read_metrics(run)}
+        for process in agents:
+            assert process.wait(180) == 0, "\n".join(log.read_text() for log in logs)
+    finally:
+        for process in agents:
+            kill_tree(process.pid)
+            process.wait()
+
+    text = "\n".join(log.read_text() for log in logs)
+    assert "dp 2 x cp 2 = 4" in text and "resumed at step" in text, text
+    curve = {record["step"]: record for record in read_metrics(run)}
+    assert list(curve) == list(range(1, STEPS + 1))
+    for step, record in curve.items():
+        assert record["loss"] == pytest.approx(alone[step]["loss"], rel=1e-8), step
+        assert record["grad_norm"] == pytest.approx(alone[step]["grad_norm"], rel=1e-6), step
+    again = [step for step in before if before[step]["seconds"] != curve[step]["seconds"]]
+    assert again[:2] == [EVERY + 1, EVERY + 2], again
+    for step in again:  # the same numbers, to the last bit
+        assert [before[step][key] for key in ("loss", "grad_norm")] == [curve[step][k] for k in ("loss", "grad_norm")]
