@@ -3,7 +3,8 @@
 What the watchdog costs: a hybrid model is trained by two gloo ranks on this machine, a few steps with the watchdog and
 as many without, in turns, so that both meet the same noise. Printed are the medians of a step, the ratio of each turn
 to the one beside it (median and quartiles) in wall time and in processor time of all threads, which other programs
-disturb less, and the microseconds that one collective costs the training thread.
+disturb less, the microseconds that one collective costs the training thread, and the share of one processor that the
+watchdog's own thread takes.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def rank_main(rank: int, port: int, steps: int, out: str) -> None:
     engine.step([batch])
     collectives = comm.last_number(mesh.world_group) - before
     if rank == 0:
-        values = {"pairs": pairs, "collectives": collectives, "per_call": per_call(mesh, watch)}
+        values = {"pairs": pairs, "collectives": collectives, "per_call": per_call(mesh, watch), "idle": idle(watch)}
         Path(out).write_text(json.dumps(values))
     mesh.any(False)
 
@@ -91,6 +92,15 @@ def per_call(mesh: Mesh, store: TCPStore, calls: int = 20000) -> float:
             watchdog.entered(call)
             watchdog.left(call)
         return (time.perf_counter() - started) / calls * 1e6
+
+
+def idle(store: TCPStore, seconds: float = 5.0) -> float:
+    """Processor seconds per second of a process that only has a watchdog."""
+    keys = dist.PrefixStore("idle", store)
+    with Watchdog(keys, 0, RANKS, 300.0, range(RANKS), lambda verdict: os._exit(1)):
+        used = time.process_time()
+        time.sleep(seconds)
+        return (time.process_time() - used) / seconds
 
 
 def main() -> None:
@@ -122,6 +132,7 @@ def main() -> None:
         "torch": torch.__version__,
         "commit": commit(),
     }
+    result["watchdog_thread_share"] = values["idle"]
     share = result["collectives_per_step"] * result["us_per_collective"] / 1e3 / result["step_ms_without"]
     result["training_thread_share"] = share
     for name, value in result.items():

@@ -63,7 +63,7 @@ class RunConfig(Section):
         offload_activations: keep what a forward pass saves for its backward in host memory.
         device: ``auto`` takes CUDA where every local rank gets a device of its own, else the CPU.
         layout, exchange: how a sequence is cut, how states travel.
-        timeout_s: how long a rank waits for another one: at the start, in a collective, for its part of a checkpoint.
+        timeout_s: how long a rank waits for another one, at the start and in a collective.
         model: fields of ModelConfig, or ``preset`` with fields on top; vocab_size defaults to the tokenizer's.
     """
 

@@ -36,6 +36,8 @@ from lasp.parallel.mesh import Mesh
 from lasp.parallel.saver import Saver
 from lasp.parallel.tensor_files import read_tensors
 
+_WRITE_TIMEOUT = timedelta(hours=1)  # of ranks that wait for the disks of others
+
 
 def train(config: RunConfig) -> None:
     """Train as ``config`` says, on this rank. All ranks of the job call it.
@@ -58,7 +60,7 @@ def train(config: RunConfig) -> None:
         limit = group_timeout(device, timeout)
         with backend_mesh(config, device, limit) as mesh, run_dir.locked(config.run_dir, mesh):
             apart = mesh.world_size > 1 and config.checkpoint.background
-            writers = dist.new_group(backend="gloo", timeout=limit) if apart else None
+            writers = dist.new_group(backend="gloo", timeout=max(limit, _WRITE_TIMEOUT)) if apart else None
             _train(config, mesh, store, writers)
 
 

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 
 from lasp import comm
@@ -145,11 +146,18 @@ class Watchdog(comm.Observer):
             self._condemned = time.monotonic() + _LINGER_S
         if self._told:
             return
-        oldest = min(tuple(self._open.values()), key=lambda call: call.started, default=None)
-        if oldest is not None and time.monotonic() > oldest.started + self._limit_s + _LINGER_S:
-            self._end(self._verdict(oldest, ""))
+        overdue = {call.started + self._limit(call.group): call for call in tuple(self._open.values())}
+        if overdue and time.monotonic() > min(overdue) + _LINGER_S:
+            self._end(self._verdict(overdue[min(overdue)], ""))
         elif time.monotonic() > self._condemned:
             self._end(self._store.get("verdict").decode())
+
+    def _limit(self, group: dist.ProcessGroup) -> float:
+        """Seconds; gloo's waits raise at the timeout of their group, which may be longer: of those that write files."""
+        if dist.get_backend(group) != "gloo":
+            return self._limit_s
+        options = group._get_backend(torch.device("cpu")).options
+        return max(self._limit_s, options._timeout.total_seconds())
 
     def _meet(self) -> None:
         """Hold the recorders of the ranks on this machine."""

@@ -85,7 +85,7 @@ def test_a_killed_rank_is_named_and_nobody_is_left_behind(tmp_path):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero3"])
 def test_a_rank_that_stops_is_named_in_one_sentence(tmp_path, engine):
     process = subprocess.Popen(
-        [*COMMAND, "train", str(tiny_yaml(tmp_path)), "steps=100000", "timeout_s=3", f"engine={engine}", "--cp", "2"],
+        [*COMMAND, "train", str(tiny_yaml(tmp_path)), "steps=100000", "timeout_s=15", f"engine={engine}", "--cp", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from unittest import mock
 
 import torch.distributed as dist
@@ -137,6 +138,7 @@ def _never_ends(group, path, late):
         sys.exit()  # of the thread
 
     watchdog = Watchdog(store, dist.get_rank(), dist.get_world_size(group), 1.0, range(2), end)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)  # which a host that does not wait never meets
     with watchdog:
         with comm.scope("layer 3"), comm.explained("barrier", group):
             dist.barrier(group)
@@ -149,6 +151,7 @@ def _never_ends(group, path, late):
                 ended.wait(30)
         else:
             ended.wait(30)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=60), group)
     return verdicts
 
 
