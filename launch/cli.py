@@ -83,6 +83,38 @@ def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool
 
 
 @cli.command()
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_sizes
+def doctor(config: str | None, overrides: tuple[str, ...], **sizes: int | None) -> None:
+    """Look whether this machine, or the job of CONFIG, is fit: versions, devices, network, disk, clocks, layout.
+
+    Runs the ranks that training would run: start it in the same way. Exit code 0 only when nothing is wrong.
+    """
+    from lasp.launch import doctor
+    from lasp.launch.rendezvous import Job
+    from lasp.launch.schema import load_config
+
+    if config is None:
+        if given := [f"--{name}" for name, size in sizes.items() if size is not None]:
+            raise ValueError(f"{given[0]} has no effect without CONFIG. Name a YAML file, or leave it out.")
+        return doctor.examine(None)
+    overrides = tuple(_with_aliases(overrides, **sizes))
+    run = load_config(config, overrides)
+    num_ranks = run.tp_size * run.pp_size * run.cp_size * (run.dp_size or 1)
+    if Job.from_environment() is None and run.launcher == "torchrun":
+        from lasp.launch.torchrun import run_node
+
+        run_node(run, [config, *overrides], work="doctor")
+    elif Job.from_environment() is None and num_ranks > 1:
+        from lasp.launch.local import run_local
+
+        run_local(run, num_ranks, doctor.WORK)
+    else:
+        doctor.examine(run)
+
+
+@cli.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--pp", type=int, help="Same as pp_size=N, with backend=megatron.")

@@ -86,6 +86,11 @@ class Job:
         if STORE in environment:  # torchrun then chooses a new port for each attempt, and nodes may count differently
             agent_store, meeting = True, f"{address}:{port}"
             address, _, store_port = environment[STORE].rpartition(":")
+            if not address or not store_port.isdecimal():
+                raise ValueError(
+                    f"{STORE} must be HOST:PORT of the job's store, got {environment[STORE]!r}. lasp train with "
+                    "launcher=torchrun sets it; unset it otherwise."
+                )
             port = int(store_port)
         return cls(
             rank=rank,

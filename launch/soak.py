@@ -319,8 +319,7 @@ def main(config: str, overrides: tuple[str, ...], launcher: str, kills: int, nod
     tally, log = Tally(), base.run_dir / "killed.log"
     more = [*own, *quiet, f"run_dir={killed}", f"launcher={launcher}"]
     if launcher == "torchrun":
-        # Any number of nodes: dp_size follows from the ranks.
-        more = [text for text in more if not (nodes > 1 and text.startswith(("dp_size=", "dp=")))]
+        more += ["dp_size=null"]  # follows from the nodes that are there
         more += [f"torchrun.nodes={f'1:{nodes}' if nodes > 1 else 1}", f"torchrun.ranks_per_node={full[0]}"]
         more += [f"torchrun.max_restarts={4 * kills + 8}", f"torchrun.job_id=soak-{os.getpid()}"]
     else:

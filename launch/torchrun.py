@@ -115,6 +115,7 @@ def node_command(
     endpoint: str,
     is_host: bool | None,
     rendezvous: Mapping[str, Any] | None = None,
+    work: str = "train",
 ) -> NodeCommand:
     """What one node of the job runs.
 
@@ -123,6 +124,7 @@ def node_command(
         endpoint: HOST:PORT of the store at which the nodes meet.
         is_host: whether torchrun opens it on this node; None: it compares host names and addresses.
         rendezvous: further options of torchrun's ``--rdzv-conf``.
+        work: the command of ``lasp`` that each rank runs; one other than training is not tried again.
     """
     shape, options = job_shape(config), config.torchrun
     seconds = math.ceil(config.timeout_s)
@@ -131,11 +133,18 @@ def node_command(
         conf = {"is_host": int(is_host), **conf}
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += ["--nnodes", shape.nodes, "--nproc-per-node", str(shape.ranks_per_node)]
-    command += ["--max-restarts", str(options.max_restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    command += [
+        "--max-restarts",
+        str(options.max_restarts if work == "train" else 0),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        endpoint,
+    ]
     command += ["--rdzv-id", job_id(config), "--rdzv-conf", ",".join(f"{key}={value}" for key, value in conf.items())]
     if options.local_addr is not None or _is_loopback(endpoint):
         command += ["--local-addr", options.local_addr or "127.0.0.1"]
-    return NodeCommand((*command, "-m", MODULE, "train", *arguments), _environment(config, endpoint, shape))
+    return NodeCommand((*command, "-m", MODULE, work, *arguments), _environment(config, endpoint, shape))
 
 
 def job_id(config: RunConfig) -> str:
@@ -215,7 +224,7 @@ def sbatch_script(config: RunConfig, arguments: Sequence[str]) -> str:
     return text
 
 
-def run_node(config: RunConfig, arguments: Sequence[str]) -> None:
+def run_node(config: RunConfig, arguments: Sequence[str], work: str = "train") -> None:
     """Run this node's part of the job; returns when the job is done, or has saved after a signal.
 
     The first SIGINT or SIGTERM asks the ranks to save at their next step and end, the second kills them.
@@ -229,7 +238,7 @@ def run_node(config: RunConfig, arguments: Sequence[str]) -> None:
     with contextlib.ExitStack() as stack:
         endpoint = asked or stack.enter_context(loopback_store())
         is_host = False if asked is None else config.torchrun.is_host
-        command = node_command(config, arguments, endpoint=endpoint, is_host=is_host)
+        command = node_command(config, arguments, endpoint=endpoint, is_host=is_host, work=work)
         print(f"+ {command}", flush=True)
         agent = _Agent(command)
         code = agent.wait()
@@ -245,9 +254,10 @@ def run_node(config: RunConfig, arguments: Sequence[str]) -> None:
             "torchrun.is_host=true there and false elsewhere."
         )
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"gave up with exit code {code}"
+    times = f"more than torchrun.max_restarts = {config.torchrun.max_restarts} times" if work == "train" else "once"
     raise RankFailure(
-        f"torchrun's agent on {socket.gethostname()} {how}: a rank failed more than torchrun.max_restarts = "
-        f"{config.torchrun.max_restarts} times, or the endpoint's node is gone. The first error above is the cause."
+        f"torchrun's agent on {socket.gethostname()} {how}: a rank failed {times}, or the endpoint's node is gone. The "
+        "first error above is the cause."
     )
 
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from lasp.launch import soak, torchrun
 from lasp.launch.cli import main
 from lasp.launch.local import Interrupted, RankFailure
+from lasp.launch.rendezvous import Job
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
 from tests.launch.helpers import tiny_yaml
@@ -194,6 +195,18 @@ def test_a_script_for_gpus_asks_for_one_per_rank(tmp_path):
     assert "#SBATCH --gpus-per-node=8\n" in text and "#SBATCH --nodes=1-2\n" in text
     command = re.search(r"' agent (.*) \\\n", text)[1]
     assert command.endswith(f"train c.yaml {ON} cp_size=8 torchrun.ranks_per_node=8")
+
+
+def test_ranks_whose_nodes_count_restarts_differently_meet_under_one_name():
+    """A replaced node has no restart behind it, the others one."""
+    job = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "4711", "LASP_STORE": "node1:29400"}
+    old, new = (Job.from_environment({**job, "TORCHELASTIC_RESTART_COUNT": count}) for count in "10")
+    assert (old.attempt, new.attempt) == (1, 0) and old.meeting == new.meeting == "b:4711"
+    assert (new.address, new.port, new.agent_store) == ("node1", 29400, True)
+    later = Job.from_environment({**job, "MASTER_PORT": "4712"})
+    assert later.meeting != new.meeting
+    with pytest.raises(ValueError, match="LASP_STORE must be HOST:PORT of the job's store, got 'node1'"):
+        Job.from_environment(job | {"LASP_STORE": "node1"})
 
 
 def test_a_store_for_one_machine_is_on_its_loopback_address():

@@ -1,20 +1,23 @@
 """The documented commands on two hosts: network namespaces of this machine, joined by a cable."""
 
 import os
+import secrets
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 
 import pytest
 
 from lasp.launch.report import read_metrics
-from lasp.launch.schema import load_config
-from lasp.launch.torchrun import children, kill_tree
+from lasp.launch.schema import RunConfig, load_config
+from lasp.launch.torchrun import children, has_saved, kill_tree
 from lasp.launch.train import train
 from tests.launch.helpers import tiny_yaml
 from tests.launch.test_cli import COMMAND
 
-STEPS, EVERY = 30, 10
+STEPS, EVERY = 40, 10
 OPTIONS = [f"steps={STEPS}", f"checkpoint.every={EVERY}", "checkpoint.keep=null", "log.sample_tokens=0"]
 OPTIONS += ["dtype=float64"]  # training amplifies rounding: what float32 rounds differs by 1e-3 at the end
 
@@ -63,31 +66,48 @@ def _steps(folder):
     return max((record["step"] for record in read_metrics(folder)), default=0)
 
 
+def _curve(folder):
+    return {record["step"]: record for record in read_metrics(folder)}
+
+
+def _assert_like_one_process(path, folder):
+    """The curve of the run in ``folder`` against that of this process alone."""
+    train(load_config(path, [*OPTIONS, f"run_dir={folder.parent}/alone"]))
+    alone, curve = _curve(folder.parent / "alone"), _curve(folder)
+    assert list(curve) == list(range(1, STEPS + 1))
+    for step, record in curve.items():
+        assert record["loss"] == pytest.approx(alone[step]["loss"], rel=1e-8), step
+        assert record["grad_norm"] == pytest.approx(alone[step]["grad_norm"], rel=1e-6), step
+
+
+def _start(name, command, log, **environment):
+    with log.open("w") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        inside = ["ip", "netns", "exec", name, *command]
+        return subprocess.Popen(inside, stdout=file, stderr=subprocess.STDOUT, env=environment)
+
+
+def _start_on_both(hosts, logs, work, *arguments):
+    started = []
+    for n, (name, address, interface) in enumerate(hosts):
+        own = [f"torchrun.is_host={str(n == 0).lower()}", f"torchrun.local_addr={address}"]
+        own += [f"torchrun.interface={interface}", "torchrun.nodes=2", f"torchrun.endpoint={hosts[0][1]}:29400"]
+        command = [*COMMAND, work, *arguments, "launcher=torchrun", *own, "--cp", "2", "--dp", "2"]
+        started.append(_start(name, command, logs[n]))
+    return started
+
+
 def test_two_hosts_train_like_one_and_go_on_after_a_rank_is_killed(tmp_path, hosts):
     path = str(tiny_yaml(tmp_path))
-    train(load_config(path, [*OPTIONS, f"run_dir={tmp_path}/alone"]))
-    alone = {record["step"]: record for record in read_metrics(tmp_path / "alone")}
 
-    run, (_, first, _) = tmp_path / "run", hosts[0]
-    agents, logs = [], [tmp_path / f"{name}.log" for name, _, _ in hosts]
+    run, logs = tmp_path / "run", [tmp_path / f"{name}.log" for name, _, _ in hosts]
+    agents = []
     try:
-        for n, (name, address, interface) in enumerate(hosts):
-            own = [f"torchrun.is_host={str(n == 0).lower()}", f"torchrun.local_addr={address}"]
-            own += [f"torchrun.interface={interface}", "torchrun.nodes=2", f"torchrun.endpoint={first}:29400"]
-            command = [*COMMAND, "train", path, "launcher=torchrun", *own, *OPTIONS, "--cp", "2", "--dp", "2"]
-            with logs[n].open("w") as log:
-                agents.append(
-                    subprocess.Popen(
-                        ["ip", "netns", "exec", name, *command],
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    )
-                )
-        _wait_for(lambda: EVERY + 2 <= _steps(run) < 2 * EVERY - 3, agents)
+        agents += _start_on_both(hosts, logs, "train", path, *OPTIONS)
+        _wait_for(lambda: _steps(run) > EVERY and 2 <= _steps(run) % EVERY <= 6, agents)
         (agent,) = children(agents[1].pid)
         os.kill(children(agent)[-1], signal.SIGKILL)
-        before = {record["step"]: record for record in read_metrics(run)}
+        before = _curve(run)
         for process in agents:
             assert process.wait(180) == 0, "\n".join(log.read_text() for log in logs)
     finally:
@@ -97,12 +117,65 @@ def test_two_hosts_train_like_one_and_go_on_after_a_rank_is_killed(tmp_path, hos
 
     text = "\n".join(log.read_text() for log in logs)
     assert "dp 2 x cp 2 = 4" in text and "resumed at step" in text, text
-    curve = {record["step"]: record for record in read_metrics(run)}
-    assert list(curve) == list(range(1, STEPS + 1))
-    for step, record in curve.items():
-        assert record["loss"] == pytest.approx(alone[step]["loss"], rel=1e-8), step
-        assert record["grad_norm"] == pytest.approx(alone[step]["grad_norm"], rel=1e-6), step
+    _assert_like_one_process(path, run)
+    curve = _curve(run)
     again = [step for step in before if before[step]["seconds"] != curve[step]["seconds"]]
-    assert again[:2] == [EVERY + 1, EVERY + 2], again
+    assert len(again) > 1 and again[0] % EVERY == 1, again
     for step in again:  # the same numbers, to the last bit
         assert [before[step][key] for key in ("loss", "grad_norm")] == [curve[step][k] for k in ("loss", "grad_norm")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_hosts_are_examined_and_a_signal_to_one_saves_on_both(tmp_path, hosts):
+    path, logs = str(tiny_yaml(tmp_path)), [tmp_path / f"{name}.log" for name, _, _ in hosts]
+    started = []
+    try:
+        started += _start_on_both(hosts, logs, "doctor", path)
+        assert [process.wait(200) for process in started] == [0, 0], "\n".join(log.read_text() for log in logs)
+        text = logs[0].read_text() + logs[1].read_text()
+        assert "world (4 ranks)" in text and "dp (2 ranks)" in text and "nothing is wrong" in text, text
+        assert "rank 3  " in text and "4 rank(s): yes" in text, text
+
+        started += _start_on_both(hosts, logs, "train", path, "steps=100000", "checkpoint.every=null")
+        _wait_for(lambda: _steps(tmp_path / "run") >= 3, started[2:])
+        started[3].send_signal(signal.SIGTERM)
+        assert [process.wait(120) for process in started[2:]] == [0, 0], "\n".join(log.read_text() for log in logs)
+    finally:
+        for process in started:
+            kill_tree(process.pid)
+            process.wait()
+    assert has_saved(tmp_path / "run") and "stopped at step" in logs[0].read_text() + logs[1].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_hosts_of_a_ray_cluster_train_like_one(tmp_path, hosts):
+    pytest.importorskip("ray")
+    if "ray" not in RunConfig.model_fields:
+        pytest.skip("launcher=ray is not built")
+    path, run = str(tiny_yaml(tmp_path)), tmp_path / "run"
+    (head, address, _), (other, second, _) = hosts
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2"]
+    ray += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    (tmp_path / "token").write_text(secrets.token_hex(32))  # all nodes of a cluster share one
+    own_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    logs = [tmp_path / name for name in ("head.log", "other.log", "train.log")]
+    with tempfile.TemporaryDirectory(prefix="lr-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        own = [f"--node-ip-address={address}", "--port=6379", "--include-dashboard=false", f"--temp-dir={folder}"]
+        started = [_start(head, [*ray, "--head", *own], logs[0], **own_token)]
+        try:
+            _wait_for(lambda: "Ray runtime started" in logs[0].read_text(), started)
+            joins = [f"--address={address}:6379", f"--node-ip-address={second}"]
+            started.append(_start(other, [*ray, *joins], logs[1], **own_token))
+            _wait_for(lambda: "Ray runtime started" in logs[1].read_text(), started)
+            command = [*COMMAND, "train", path, "launcher=ray", f"ray.address={address}:6379", *OPTIONS]
+            started.append(_start(head, [*command, "--cp", "2", "--dp", "2"], logs[2], **own_token))
+            assert started[-1].wait(300) == 0, "\n".join(log.read_text() for log in logs)
+        finally:
+            for process in started:
+                kill_tree(process.pid)
+                process.wait()
+    text = " ".join(logs[2].read_text().split())
+    assert f"({address})" in text and f"({second})" in text and "dp 2 x cp 2 = 4" in text, text
+    _assert_like_one_process(path, run)
