@@ -49,6 +49,10 @@ def train(config: str, overrides: tuple[str, ...], **sizes: int | None) -> None:
     from lasp.launch.schema import load_config
 
     run = load_config(config, _with_aliases(overrides, **sizes))
+    if run.launcher == "ray":
+        from lasp.launch.ray_train import run_ray
+
+        return run_ray(run)
     job = Job.from_environment()
     num_ranks = run.tp_size * run.pp_size * run.cp_size * (run.dp_size or 1)
     if job is None and run.launcher == "torchrun":

@@ -77,7 +77,7 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
     engine = make_engine(config, mesh)
     position, notes = _resume(config, engine, mesh, tokenizer, store)
 
-    report = Report(config, engine.step_count, active=mesh.is_first)
+    report = Report(config, engine.step_count, active=mesh.is_first, store=store)
     report.table("run", _derived(config, mesh, engine, plan, stream, len(file), len(held_out)))
     for note in [*notes, *([unmeasured] if unmeasured else [])]:
         report.warn(note)

@@ -1,0 +1,197 @@
+"""Ray: where ranks go, what is refused, and a run that loses a rank, a worker or a node and goes on by itself."""
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+from lasp.launch.local import run_local
+from lasp.launch.placement import Seat, crossing_groups, largest_world, place_ranks, rank_environments
+from lasp.launch.ray_train import open_store, run_ray
+from lasp.launch.ray_worker import RUN
+from lasp.launch.report import Report, Screen, read_metrics, show, watch
+from tests.launch.helpers import tiny_config, tiny_yaml
+
+
+def rank_pids(run_dir):
+    """The process of every rank of a run, by rank: what a process was started with tells which run it belongs to."""
+    pids = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                text = (entry / "environ").read_bytes().decode(errors="replace")
+            except OSError:
+                continue  # it has ended
+            environment = dict(line.partition("=")[::2] for line in text.split("\0"))
+            if environment.get(RUN) == str(run_dir) and "RANK" in environment:
+                pids[int(environment["RANK"])] = int(entry.name)
+    return pids
+
+
+def losses(run_dir):
+    return {record["step"]: record["loss"] for record in read_metrics(run_dir)}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two simulated nodes of two CPUs; they share this machine's address."""
+    pytest.importorskip("ray")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.parametrize("order", [("a", "b", "c"), ("c", "a", "b"), ("b", "c", "a")])
+def test_groups_stay_on_a_node_where_they_fit(order):
+    slots = {"a": 3, "b": 2, "c": 3}
+    places = place_ranks({node: slots[node] for node in order}, 6, 2)
+    assert places == ["a", "a", "c", "c", "b", "b"] and crossing_groups(places, 2) == []
+    places = place_ranks({node: slots[node] for node in order}, 8, 2)
+    assert places == ["a", "a", "c", "c", "b", "b", "a", "c"] and crossing_groups(places, 2) == [3]
+    places = place_ranks({node: slots[node] for node in order}, 4, 4)
+    assert places == ["a", "a", "a", "c"] and crossing_groups(places, 4) == [0]
+    with pytest.raises(ValueError, match="9 ranks need as many slots, and the nodes have 8"):
+        place_ranks(slots, 9, 1)
+
+
+def test_ranks_follow_from_where_the_workers_found_themselves():
+    nodes, devices = ["b", "a", "b", "a", "a", "b", "a"], [1, 2, 0, 0, 3, 2, 1]
+    seats = [Seat(node, "192.168.0.1", device) for node, device in zip(nodes, devices)]  # one address tells nothing
+    chance = random.Random(0)
+    for _ in range(5):
+        chance.shuffle(seats)
+        places = {}
+        for seat, environment in zip(seats, rank_environments(seats, 2)):
+            rank = {name: int(value) for name, value in environment.items()}
+            places[rank["RANK"]] = (seat.node, rank["LOCAL_RANK"])
+            assert rank["LOCAL_RANK"] == seat.device and rank["WORLD_SIZE"] == 7
+            assert rank["LOCAL_WORLD_SIZE"] == nodes.count(seat.node)
+        assert [places[rank] for rank in range(7)] == [
+            *(("a", 0), ("a", 1), ("a", 2), ("a", 3)),
+            *(("b", 0), ("b", 1), ("b", 2)),
+        ]
+
+
+@pytest.mark.parametrize(("slots", "unit", "batch", "world"), [(7, 2, 4, 4), (8, 2, 4, 8), (9, 1, 2, 2), (3, 4, 8, 0)])
+def test_the_largest_world_divides_the_batch(slots, unit, batch, world):
+    assert largest_world(slots, unit, batch) == world
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["ray.num_workers=2", "dp_size=2"],
+            "ray.num_workers = 2 must equal tp_size x pp_size x cp_size x dp_size = 4",
+        ),
+        (
+            ["ray.num_workers=3"],
+            "ray.num_workers = 3 must be tp_size x pp_size x cp_size = 2 times a divisor of data.b",
+        ),
+        (["ray.num_workers=6"], "ray.num_workers = 6 must be"),
+        (["ray.gpus_per_worker=1"], "ray.gpus_per_worker = 1 does not go with device=cpu. Leave it out."),
+    ],
+)
+def test_settings_that_contradict_one_another_are_refused(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny_config(tmp_path, "launcher=ray", "cp_size=2", *overrides)
+
+
+def test_what_ray_needs_is_said_before_anything_starts(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, "launcher=ray")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"^launcher=ray needs Ray: pip install 'lasp\[ray\]', or use launcher=local\.$"
+    ):
+        run_ray(config)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="launcher=ray starts the ranks itself, but RANK and WORLD_SIZE are in the"):
+        run_ray(config)
+
+
+def test_a_first_rank_sends_what_its_launcher_shows(tmp_path, capsys):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    config = tiny_config(tmp_path, "steps=900")
+    config.run_dir.mkdir()
+    watch(store)
+    with Report(config, 0, active=True, store=store) as report:
+        report.say("a word")
+        for step in range(1, 901):
+            record = {"step": step, "loss": 1.0, "grad_norm": 0.5, "tokens_per_s": 10.0, "seconds": 1e-3}
+            report.step(record | ({"eval_loss": 2.0} if step == 77 else {}))
+    assert capsys.readouterr().out == "" and len(losses(config.run_dir)) == 900
+    show(store, Screen(config))
+    shown = capsys.readouterr().out
+    assert "a word\n" in shown and "held-out loss 2.0000" in shown
+    assert "step    900/900" in shown and shown.count("tokens/s") < 450  # every eye has its limit
+
+
+def test_the_store_listens_where_it_is_told(tmp_path):
+    store = open_store("127.0.0.1", "127.0.0.1")
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.2", store.port), timeout=2):
+        pass
+    with pytest.raises(ValueError, match=r"ray\.bind=203\.0\.113\.9 must be an address of this machine"):
+        open_store("203.0.113.9", "203.0.113.9")
+
+
+@contextmanager
+def started(cluster, folder, *overrides):
+    """``lasp train`` on the cluster, as a process whose output is in folder/output."""
+    path = tiny_yaml(folder)
+    command = [sys.executable, "-m", "lasp.launch.cli", "train", str(path), "launcher=ray", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (folder / "output").open("w") as output:
+        driver = subprocess.Popen(
+            [*command, f"ray.address={cluster.address}"], stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            yield driver
+        finally:
+            driver.kill()
+            driver.wait()
+
+
+def wait_for_step(driver, folder, step, limit_s=120):
+    """Return when metrics hold ``step``; a driver that ends or a step that does not come fails the test."""
+    deadline = time.monotonic() + limit_s
+    while max(losses(folder / "run"), default=0) < step:
+        assert driver.poll() is None and time.monotonic() < deadline, (folder / "output").read_text()
+        time.sleep(0.05)
+
+
+def test_a_killed_rank_and_a_killed_worker_leave_the_curve_as_it_was(cluster, tmp_path):
+    chance = random.Random()
+    steps, first, second = 60, chance.randint(3, 20), chance.randint(28, 45)
+    overrides = ("cp_size=2", "dp_size=2", f"steps={steps}", "checkpoint.every=4", "eval.every=30")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    with started(cluster, tmp_path, *overrides) as driver:
+        run_local(tiny_config(plain, *overrides), 4)
+        for step, victim in ((first, lambda pid: pid), (second, lambda pid: os_parent(pid))):
+            wait_for_step(driver, tmp_path, step)
+            os.kill(victim(rank_pids(tmp_path / "run")[chance.randrange(4)]), signal.SIGKILL)
+        code = driver.wait(120)
+    output = (tmp_path / "output").read_text()
+    assert code == 0, output
+    assert losses(tmp_path / "run") == losses(plain / "run"), (first, second)
+    assert output.count("Restart ") == 2 and "was killed by SIGKILL" in output and "the Ray worker of rank" in output
+    assert f"step {steps:>6}/{steps}  loss" in output and "held-out loss" in output
+    assert not rank_pids(tmp_path / "run")
+
+
+def os_parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
