@@ -64,7 +64,9 @@ def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
     model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed))
     settings = OptimizerSettings(steps=config.steps, **config.optimizer.model_dump())
     if config.backend == "native":
-        return build_engine(config.engine, model.to(mesh.device), mesh, settings, config.torch_dtype)
+        model = model.to(mesh.device)
+        offload = config.offload_activations
+        return build_engine(config.engine, model, mesh, settings, config.torch_dtype, offload_activations=offload)
     from lasp.parallel.megatron.engine import MegatronEngine
 
     return MegatronEngine(model, mesh, settings, config.torch_dtype, **config.megatron.model_dump())

@@ -6,6 +6,7 @@ lasp generate runs/quickstart --prompt "def main(" --temperature 0.7
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -128,7 +129,7 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int, temperature: flo
 
 @cli.group()
 def checkpoint() -> None:
-    """Look at checkpoints."""
+    """Look at checkpoints, and convert them."""
 
 
 @checkpoint.command()
@@ -136,15 +137,44 @@ def checkpoint() -> None:
 def inspect(path: str) -> None:
     """Verify every byte of a checkpoint and say what it holds."""
     from lasp.parallel import checkpoint as checkpoints
-    from lasp.parallel.shards import model_tensors
+    from lasp.parallel.shards import parameter_index
 
     saved = checkpoints.load(checkpoints.find(Path(path)))
-    model = model_tensors(saved)
-    parameters = sum(tensor.numel() for tensor in model.values())
+    model = parameter_index(saved)
+    parameters = sum(math.prod(info.shape) for info in model.values())
+    backend, position = saved.state.get("backend", "native"), saved.state["data_position"]
     click.echo(f"{saved.path}: good")
-    click.echo(f"step {saved.step}, {saved.state['data_position']:,} tokens seen, {parameters:,} parameters")
-    for name, tensor in model.items():
-        click.echo(f"  {name:<44} {tuple(tensor.shape)!s:<16} {str(tensor.dtype).removeprefix('torch.')}")
+    click.echo(f"step {saved.step}, {position:,} tokens seen, {parameters:,} parameters, backend {backend}")
+    for name, info in model.items():
+        click.echo(f"  {name:<44} {info.shape!s:<16} {str(info.dtype).removeprefix('torch.')}")
+
+
+@checkpoint.command()
+@click.argument("source")
+@click.argument("target")
+@click.option("--weights-only", is_flag=True, help="Parameters alone, without optimizer states.")
+@click.option("--config", help="The run's YAML file, for a safetensors file that was not made by this command.")
+def convert(source: str, target: str, weights_only: bool, config: str | None) -> None:
+    """Turn a checkpoint into one safetensors file, or such a file into a checkpoint.
+
+    One of SOURCE and TARGET is a file NAME.safetensors, the other a run directory (or a checkpoint as SOURCE). A file
+    without optimizer states becomes a checkpoint of step 0: training begins there.
+    """
+    from lasp.launch.convert import SUFFIX, from_file, to_file
+    from lasp.launch.schema import load_config
+
+    if source.endswith(SUFFIX) == target.endswith(SUFFIX):
+        raise ValueError(f"one of SOURCE = {source} and TARGET = {target} must end with {SUFFIX}. Name one such file.")
+    if target.endswith(SUFFIX):
+        if config is not None:
+            raise ValueError(f"--config has no effect when {target} is written: leave it out.")
+        count = to_file(Path(source), Path(target), weights_only=weights_only)
+        click.echo(f"{target}: {count} tensors")
+    else:
+        if weights_only:
+            raise ValueError(f"--weights-only has no effect when {source} is read: leave it out.")
+        path = from_file(Path(source), Path(target), None if config is None else load_config(config))
+        click.echo(f"{path}: good; train in it with run_dir={target}")
 
 
 def main() -> None:

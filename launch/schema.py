@@ -37,6 +37,7 @@ from lasp.launch.token_files import STDLIB
 from lasp.launch.tokenizer import BYTES, load_tokenizer
 from lasp.launch.yaml_text import parse_yaml
 from lasp.parallel.files import reading
+from lasp.parallel.zero import check_available
 
 MAX_TIMEOUT_S = 1e6  # beyond it a clock overflows
 MIN_TIMEOUT_S = 1.0  # processes of one job start further apart than less
@@ -59,6 +60,7 @@ class RunConfig(Section):
             local.
         tp_size, pp_size: tensor- and pipeline-parallel ranks, of backend megatron.
         backend: ``native``, or ``megatron``: the same model on megatron-core, on CUDA devices.
+        offload_activations: keep what a forward pass saves for its backward in host memory.
         device: ``auto`` takes CUDA where every local rank gets a device of its own, else the CPU.
         layout, exchange: how a sequence is cut, how states travel.
         timeout_s: how long a rank waits for another one, at the start and in a collective.
@@ -75,6 +77,7 @@ class RunConfig(Section):
     pp_size: Count = 1
     backend: Literal["native", "megatron"] = "native"
     engine: Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"] = "ddp"
+    offload_activations: bool = False
     launcher: Literal["local", "torchrun", "ray"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     layout: Literal["contiguous", "zigzag"] = "contiguous"
@@ -103,8 +106,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.engine not in ("ddp", "fsdp2"):
-            raise ValueError(f"engine={self.engine} is not built yet; use engine=ddp or engine=fsdp2.")
+        if self.engine.startswith("zero"):
+            check_available(self.engine, self.torch_dtype)
         if self.backend == "native":
             for key, only in (("tp_size", 1), ("pp_size", 1), ("megatron", MegatronConfig())):
                 if getattr(self, key) != only:
@@ -112,6 +115,10 @@ class RunConfig(Section):
                         f"{key}={getattr(self, key)} has no effect with backend=native: set backend=megatron, or leave "
                         f"{key} out."
                     )
+        elif self.offload_activations:
+            raise ValueError(
+                "offload_activations=true has no effect with backend=megatron: leave it out, or set backend=native."
+            )
         elif self.engine != "ddp":
             raise ValueError(
                 f"engine={self.engine} has no effect with backend=megatron: leave engine out; Megatron's optimizer is "

@@ -79,12 +79,14 @@ class CheckpointConfig(Section):
     Attributes:
         every: steps between two; null: only at the end.
         keep: how many to keep; null: all.
+        background: write while training goes on, from a copy in host memory.
         resume: true: continue from the newest good one; false: start over (older results are moved aside);
             or the path of a checkpoint to continue from.
     """
 
     every: Count | None = None
     keep: Count | None = 2
+    background: bool = True
     resume: Annotated[bool | str, BeforeValidator(_yes_no_or_path)] = True
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import Store
 
 from lasp.launch import run_dir
@@ -30,6 +31,10 @@ from lasp.launch.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from lasp.parallel import checkpoint as checkpoints
 from lasp.parallel.engine import Engine
 from lasp.parallel.mesh import Mesh
+from lasp.parallel.saver import Saver
+from lasp.parallel.tensor_files import read_tensors
+
+_WRITE_TIMEOUT = timedelta(hours=1)  # of ranks that wait for the disks of others
 
 
 def train(config: RunConfig) -> None:
@@ -53,10 +58,12 @@ def train(config: RunConfig) -> None:
         backend_mesh(config, device, timeout) as mesh,
         run_dir.locked(config.run_dir, mesh),
     ):
-        _train(config, mesh, store)
+        apart = mesh.world_size > 1 and config.checkpoint.background
+        writers = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT) if apart else None
+        _train(config, mesh, store, writers)
 
 
-def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
+def _train(config: RunConfig, mesh: Mesh, store: Store | None = None, writers: dist.ProcessGroup | None = None) -> None:
     torch.manual_seed(config.seed)
 
     # Data: the first rank prepares it once, all map the same files.
@@ -90,13 +97,17 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
         )
 
     first_step, saved, started = engine.step_count, None, time.perf_counter()
-    with report, _StopSignals() as stop:
+    directory, settings = config.run_dir / "checkpoints", config.checkpoint
+    saver = Saver(directory, mesh, keep=settings.keep, background=settings.background, group=writers)
+    extras = checkpoint_extras(tokenizer)
+    with report, saver, _StopSignals() as stop:
         while engine.step_count < config.steps:
             step_started = time.perf_counter()
             batches = plan.step_batches(stream, position, mesh)
             try:
                 result = engine.step(batches)
             except FloatingPointError as error:
+                saver.wait()
                 raise FloatingPointError(f"{error} {_last_good(config)}") from None
             position += plan.step_tokens
             seconds = time.perf_counter() - step_started
@@ -116,11 +127,12 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None) -> None:
                 eval_loss = engine.evaluate(eval_batches)
                 record |= {} if eval_loss is None else {"eval_loss": eval_loss}
             report.step(record)
-            stopping = mesh.any(stop.requested)
+            stopping = mesh.any(stop.requested or saver.failed)
             if last or stopping or _due(step, config.checkpoint.every):
-                saved = _save(config, engine, mesh, tokenizer, position)
+                saved = saver.save(step, engine.save, checkpoint_state(config, tokenizer, step, position), extras)
             if stopping:
                 break
+        saver.wait()
         elapsed = time.perf_counter() - started
     if stopping_early := engine.step_count < config.steps:
         report.say(f"stopped at step {engine.step_count} of {config.steps}; saved {saved}. Run again to go on.")
@@ -151,34 +163,31 @@ def _resume(
 
     The run directory becomes this run's only when the checkpoint has been accepted.
     """
-    found: list[checkpoints.Checkpoint] = []
     notes: list[str] = []
+    resume = mesh.on_first(lambda: run_dir.resume_from(config, store))
+    found: checkpoints.Checkpoint | None = None
+    if isinstance(resume, str):
+        found = checkpoints.load(Path(mesh.on_first(lambda: str(checkpoints.find(Path(resume))))), mesh)
+    elif resume:
+        found = checkpoints.load_newest(config.run_dir / "checkpoints", notes.append, mesh)
 
-    def read() -> tuple[dict[str, Any], str] | None:
-        resume = run_dir.resume_from(config, store)
-        if isinstance(resume, str):
-            found.append(checkpoints.load(checkpoints.find(Path(resume))))
-        elif resume and (checkpoint := checkpoints.load_newest(config.run_dir / "checkpoints", notes.append)):
-            found.append(checkpoint)
-        if not found:
-            notes.extend(run_dir.claim(config, None, store))
-            return None
-        check_same_backend(found[0], config)
-        checkpoints.check_same_model(found[0], _architecture(config), engine.shapes)
-        _check_same_tokenizer(found[0], tokenizer)
-        notes.extend(_changes(found[0].state["config"], config.portable()))
-        notes.extend(run_dir.claim(config, found[0], store))
-        return found[0].state, str(found[0].path)
+    def accept() -> list[str]:
+        if found is None:
+            return run_dir.claim(config, None, store)
+        check_same_backend(found, config)
+        checkpoints.check_same_model(found, _architecture(config), engine.shapes)
+        _check_same_tokenizer(found, tokenizer)
+        return [*_changes(found.state["config"], config.portable()), *run_dir.claim(config, found, store)]
 
-    accepted = mesh.on_first(read)
-    if accepted is None:
+    notes += mesh.on_first(accept)
+    if found is None:
         return 0, notes
-    state, path = accepted
-    tensors = found[0].tensors if found else None
-    engine.restore(state["step"], tensors, Path(path))
-    random_state = tensors["optimizer"]["random_state"] if found else torch.get_rng_state()
-    torch.set_rng_state(mesh.broadcast(random_state.to(mesh.device)).cpu())
-    return state["data_position"], notes
+    read = lambda tensors: read_tensors(found.tensors, tensors, mesh.world_group)  # noqa: E731
+    engine.restore(found.step, read, found.path)
+    random_state = {checkpoints.RANDOM: torch.empty_like(torch.get_rng_state())}
+    read(random_state)
+    torch.set_rng_state(random_state[checkpoints.RANDOM])
+    return found.state["data_position"], notes
 
 
 def check_same_backend(checkpoint: checkpoints.Checkpoint, config: RunConfig) -> None:
@@ -229,10 +238,10 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"this run differs from its checkpoint: {', '.join(changed)}"] if changed else []
 
 
-def _save(config: RunConfig, engine: Engine, mesh: Mesh, tokenizer: Tokenizer, position: int) -> str:
-    """Write a checkpoint from the first rank; every rank learns whether it worked."""
+def checkpoint_state(config: RunConfig, tokenizer: Tokenizer, step: int, position: int) -> dict[str, Any]:
+    """The JSON part of a checkpoint after ``step`` steps and ``position`` global tokens."""
     model = _architecture(config)
-    state = {
+    return {
         "backend": config.backend,
         "data_position": position,
         "seed": config.seed,
@@ -240,21 +249,15 @@ def _save(config: RunConfig, engine: Engine, mesh: Mesh, tokenizer: Tokenizer, p
         "model_digest": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": fingerprint(tokenizer),
-        "schedule": {"step": engine.step_count, "steps": config.steps},
+        "schedule": {"step": step, "steps": config.steps},
         "config": config.portable(),
     }
+
+
+def checkpoint_extras(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files of a checkpoint beside its state and tensors."""
     content = tokenizer.to_json()
-    directory, keep = config.run_dir / "checkpoints", config.checkpoint.keep
-    staged = Path(mesh.on_first(lambda: str(checkpoints.stage(directory, engine.step_count))))
-    tensors = engine.save(staged)
-    tensors["optimizer"] = {**tensors["optimizer"], "random_state": torch.get_rng_state()}
-
-    def write() -> str:
-        extras = {} if content is None else {"tokenizer.json": content}
-        step = engine.step_count
-        return str(checkpoints.save(directory, step, tensors, state, keep=keep, extras=extras, staged=staged))
-
-    return mesh.on_first(write)
+    return {} if content is None else {"tokenizer.json": content}
 
 
 def _last_good(config: RunConfig) -> str:

@@ -1,61 +1,58 @@
 """Checkpoints that are whole or absent: written aside, hashed, named last; read when every byte is right.
 
     run_dir/checkpoints/step-00000200/
-        model.safetensors        every parameter by name, in the master's dtype
-        optimizer.safetensors    exp_avg.NAME and exp_avg_sq.NAME, and the random state
-        shards/                  in place of the tensors above: a distributed checkpoint of backend=megatron
-        state.json               step, data position in global tokens, tokenizer, configurations of model and run, ...
-        manifest.json            size and sha256 of each file above, written last
+        tensors/          model.NAME, exp_avg.NAME, exp_avg_sq.NAME of every parameter in the master's dtype, and the
+                          random state: safetensors files, one per rank that wrote (lasp.parallel.tensor_files)
+        shards/           in place of all but the random state: a distributed checkpoint of backend=megatron
+        state.json        step, data position in global tokens, tokenizer, configurations of model and run, ...
+        manifest.json     size and sha256 of each file above, written last
 
 A save goes to a temporary directory beside its place, is flushed to the disk, and is renamed; a crash at
 any moment leaves the older checkpoints untouched and at most a directory whose name no reader looks at.
-Nothing depends on the number of ranks. Tensors are safetensors and all else is JSON: reading a checkpoint
+Nothing depends on the number of ranks or the engine. Tensors are safetensors and all else is JSON: reading a checkpoint
 runs no code of its author. Shards are Megatron's format, whose index is a pickle: read those of people you trust.
-The manifest finds damage; it is no signature.
+The manifest finds damage; it is no signature. Who writes, and when: :mod:`lasp.parallel.saver`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from lasp.parallel.files import reading, writing
+from lasp.parallel.files import explained, reading, writing
+from lasp.parallel.mesh import Mesh
+from lasp.parallel.tensor_files import TensorInfo, tensor_index
 
-FORMAT, VERSION = "lasp-checkpoint", 1
-MANIFEST, STATE, SHARDS = "manifest.json", "state.json", "shards"
+FORMAT, VERSION = "lasp-checkpoint", 2
+MANIFEST, STATE, TENSORS, SHARDS = "manifest.json", "state.json", "tensors", "shards"
+MODEL, MOMENTS, RANDOM = "model", ("exp_avg", "exp_avg_sq"), "random_state"  # names of tensors, or how they begin
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
 _STATE = {"step": int, "data_position": int, "model": dict, "config": dict, "tokenizer": str}  # what a run reads of it
-_MOMENTS, _RANDOM = ("exp_avg", "exp_avg_sq"), "random_state"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory.
+    """A good checkpoint on disk, without its tensors.
 
     Attributes:
-        path: where it was read.
+        path: its directory.
         state: the JSON part.
-        tensors: groups of tensors by file stem: ``model``, ``optimizer``; no ``model`` where it is in shards.
+        index: what is in its tensor files, by name.
         extras: other files by name, as bytes.
     """
 
     path: Path
     state: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
+    index: dict[str, TensorInfo]
     extras: dict[str, bytes]
 
     @property
@@ -63,86 +60,15 @@ class Checkpoint:
         """Optimizer steps done."""
         return self.state["step"]
 
+    @property
+    def tensors(self) -> Path:
+        """Folder of the tensor files."""
+        return self.path / TENSORS
 
-def save(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    *,
-    keep: int | None = None,
-    extras: Mapping[str, bytes] | None = None,
-    staged: Path | None = None,
-) -> Path:
-    """Write ``directory/step-NNNNNNNN`` atomically, then delete all but the newest ``keep`` up to this step.
-
-    Args:
-        tensors: groups; each becomes ``GROUP.safetensors``.
-        state: what JSON can hold; ``step`` is added.
-        keep: checkpoints to keep, this one included; those of later steps are left alone. None: all.
-        extras: further files by name.
-        staged: a directory of :func:`stage` that already holds a part of the checkpoint.
-
-    Returns:
-        the checkpoint's directory.
-
-    Raises:
-        OSError: the disk refuses it; the message says where and why.
-    """
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep must be at least 1, or None to keep all, got {keep}. Raise it.")
-    with writing(directory / f"step-{step:08d}"):
-        final = _write(directory, step, tensors, state, extras or {}, staged)
-        if keep is not None:
-            for old in [path for path in list_checkpoints(directory) if step_of(path) <= step][:-keep]:
-                shutil.rmtree(_move_aside(old), ignore_errors=True)
-    return final
-
-
-def _write(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    extras: Mapping[str, bytes],
-    staged: Path | None,
-) -> Path:
-    temporary = stage(directory, step) if staged is None else staged
-    try:
-        for group, members in tensors.items():
-            # Views of one flat buffer share its storage, which the format does not hold: one copy per group.
-            copies = {name: x.detach().cpu().clone() for name, x in members.items()}
-            save_file(copies, temporary / f"{group}.safetensors")
-        for name, content in extras.items():
-            (temporary / name).write_bytes(content)
-        (temporary / STATE).write_text(json.dumps({**state, "step": step}, indent=1, sort_keys=True))
-        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-        files = {path.relative_to(temporary).as_posix(): _fingerprint(path) for path in paths}
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush_to_disk(path)
-        final = directory / f"step-{step:08d}"
-        replaced = _move_aside(final) if final.exists() else None
-        os.rename(temporary, final)
-        _flush_to_disk(directory)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
-
-
-def stage(directory: Path, step: int) -> Path:
-    """A new directory to write a checkpoint in, under a name that no reader looks at; what a crash left is removed."""
-    with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary = directory / f"{_TEMPORARY}step-{step:08d}-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir()
-    return temporary
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters in the tensor files, by name: none where Megatron has them in shards."""
+        prefix = f"{MODEL}."
+        return {key.removeprefix(prefix): info.shape for key, info in self.index.items() if key.startswith(prefix)}
 
 
 def check_directory(directory: Path) -> None:
@@ -153,7 +79,7 @@ def check_directory(directory: Path) -> None:
     """
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=directory).cleanup()
+        tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=directory).cleanup()
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -167,8 +93,8 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, after every file's size and hash have been compared with it.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, whose files are there in the right sizes; :func:`load` compares hashes too.
 
     Raises:
         ValueError: nothing there, something else there, or a damaged file; the message names it.
@@ -196,8 +122,6 @@ def verify(path: Path) -> dict[str, Any]:
         size = file.stat().st_size
         if size != expected["size"]:
             raise _damaged(path, f"{name} has {size} bytes, its manifest says {expected['size']}")
-        if _fingerprint(file) != expected:
-            raise _damaged(path, f"{name} does not have its hash in {MANIFEST}")
     return manifest
 
 
@@ -205,60 +129,89 @@ def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(f"checkpoint {path} is damaged: {what}. Use an earlier one.")
 
 
-def load(path: Path) -> Checkpoint:
-    """Verify and read a checkpoint.
+def load(path: Path, mesh: Mesh | None = None) -> Checkpoint:
+    """Verify every byte of a checkpoint, and read all but its tensors.
+
+    Args:
+        mesh: a job whose ranks all call it; each hashes a share of the files. None: this process alone.
 
     Raises:
-        ValueError: see :func:`verify`.
-        OSError: a file cannot be read.
+        ValueError: see :func:`read_manifest`; on every rank.
+        OSError: a file cannot be read; on every rank.
     """
+    on_first, gather = (lambda work: work(), lambda x: [x]) if mesh is None else (mesh.on_first, mesh.gather)
+    rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     with reading(path):
-        names = verify(path)["files"]
-        shards = {name for name in names if name.startswith(f"{SHARDS}/")}
-        for name in (
-            STATE,
-            *(f"{group}.safetensors" for group in ("model", "optimizer") if not shards or group != "model"),
-        ):
-            if name not in names:
-                raise _damaged(path, f"{name} is missing")
-        stems = {name: name.removesuffix(".safetensors") for name in names if name.endswith(".safetensors")}
-        extras = {name: (path / name).read_bytes() for name in names if name not in {*stems, *shards, STATE}}
+        manifest = on_first(lambda: read_manifest(path))
+    share = list(manifest["files"].items())[rank::world_size]
+    wrong = next((found for found in gather(_first_wrong(path, share)) if found), None)
+    if wrong:
+        raise _damaged(path, wrong)
+    return on_first(lambda: _open(path, manifest))
+
+
+def _first_wrong(path: Path, files: list[tuple[str, Any]]) -> str | None:
+    for name, expected in files:
+        try:
+            if fingerprint(path / name) != expected:
+                return f"{name} does not have its hash in {MANIFEST}"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _open(path: Path, manifest: Mapping[str, Any]) -> Checkpoint:
+    with reading(path):
+        apart = (f"{TENSORS}/", f"{SHARDS}/", STATE)
+        if STATE not in manifest["files"]:
+            raise _damaged(path, f"{STATE} is missing")
+        extras = {name: (path / name).read_bytes() for name in manifest["files"] if not name.startswith(apart)}
         try:
             state = json.loads((path / STATE).read_text())
             state["step"] = int(state["step"])
-            tensors = {stem: load_file(path / name) for name, stem in stems.items()}
+            index = tensor_index(path / TENSORS)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise _damaged(path, f"its hashes are right, yet it cannot be read ({error})") from error
-    _check_complete(path, state, tensors)
-    return Checkpoint(path, state, tensors, extras)
+    found = Checkpoint(path, state, index, extras)
+    _check_complete(found, has_shards=any(name.startswith(f"{SHARDS}/") for name in manifest["files"]))
+    return found
 
 
-def _check_complete(path: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+def _check_complete(found: Checkpoint, has_shards: bool) -> None:
     """Whole files may lack a part, if another program wrote them: a run must learn it before it changes anything."""
     for key, kind in _STATE.items():
-        if not isinstance(state.get(key), kind):
-            what = f"{key!r} is {type(state[key]).__name__}, not {kind.__name__}," if key in state else f"no {key!r}"
-            raise _damaged(path, f"{what} in {STATE}")
-    shapes = {f"{kind}.{name}": x.shape for kind in _MOMENTS for name, x in tensors.get("model", {}).items()}
-    for name, shape in [*shapes.items(), (_RANDOM, None)]:
-        x = tensors["optimizer"].get(name)
-        if x is None or (shape is not None and x.shape != shape):
-            what = f"no {name}" if x is None else f"{name} is {tuple(x.shape)}, not {tuple(shape)},"
-            raise _damaged(path, f"{what} in optimizer.safetensors")
+        if not isinstance(found.state.get(key), kind):
+            value = found.state.get(key)
+            what = f"{key!r} is {type(value).__name__}, not {kind.__name__}," if key in found.state else f"no {key!r}"
+            raise _damaged(found.path, f"{what} in {STATE}")
+    shapes = found.shapes()
+    wanted = {f"{kind}.{name}": shape for kind in MOMENTS for name, shape in shapes.items()} | {RANDOM: None}
+    if not shapes and not has_shards:
+        raise _damaged(found.path, f"no parameter in {TENSORS}")
+    for name, shape in wanted.items():
+        info = found.index.get(name)
+        if info is None or (shape is not None and info.shape != shape):
+            what = f"no {name}" if info is None else f"{name} is {info.shape}, not {shape},"
+            raise _damaged(found.path, f"{what} in {TENSORS}")
 
 
-def load_newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def load_newest(directory: Path, warn: Callable[[str], None], mesh: Mesh | None = None) -> Checkpoint | None:
     """The newest good checkpoint of a run; None where there is none yet. Tells ``warn`` of each damaged one.
+
+    Args:
+        mesh: as in :func:`load`.
 
     Raises:
         ValueError: there are checkpoints and none is good: starting over silently would hide the loss.
     """
     paths = list_checkpoints(directory)
+    if mesh is not None:
+        paths = [Path(path) for path in mesh.on_first(lambda: [str(path) for path in paths])]
     for path in reversed(paths):
         try:
-            return load(path)
+            return load(path, mesh)
         except (ValueError, OSError) as error:
-            warn(f"{error} Trying the checkpoint before it.")
+            warn(f"{explained(error)} Trying the checkpoint before it.")
     if paths:
         raise ValueError(
             f"none of the {len(paths)} checkpoints in {directory} is good. Start over with checkpoint.resume=false."
@@ -293,7 +246,7 @@ def check_same_model(checkpoint: Checkpoint, model_config: Mapping[str, Any], sh
         for key in sorted({*theirs, *ours})
         if theirs.get(key, "absent") != ours.get(key, "absent")
     ]
-    saved = {name: tuple(x.shape) for name, x in checkpoint.tensors.get("model", {}).items()}
+    saved = checkpoint.shapes()
     differing += [
         f"tensor {name} is {saved.get(name, 'absent')} in the checkpoint and {shapes.get(name, 'absent')} here"
         for name in sorted({*saved, *shapes})
@@ -315,24 +268,10 @@ def _flatten(values: Mapping[str, Any], prefix: str = "model") -> dict[str, Any]
     return flat
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _move_aside(path: Path) -> Path:
-    """Take a checkpoint's name away before it is deleted: one half deleted must not look damaged."""
-    nameless = path.with_name(f"{_TEMPORARY}old-{path.name}-{uuid.uuid4().hex[:8]}")
-    os.rename(path, nameless)
-    return nameless

@@ -12,9 +12,12 @@ summed over all ranks once per step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from lasp.parallel.checkpoint import MODEL, MOMENTS
 from lasp.parallel.engine import ModuleEngine, OptimizerSettings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import reduce_gradients
@@ -34,30 +37,25 @@ class DataParallelEngine(ModuleEngine):
             mesh.broadcast(group.master)
             group.attach(dtype)
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """Views of the master copy, on every rank."""
-        return {name: view for group in self._groups for name, view in group.views(group.master).items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Views of the master copy and the moments of those parameters that this rank writes."""
+        mine = [name for name in self.shapes if self.owner_of(name) == self.mesh.rank]
+        return {f"{kind}.{name}": views[name] for kind, views in self._views().items() for name in mine}
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Views of the moments, on every rank."""
-        return {
-            f"{kind}.{name}": view
-            for group in self._groups
-            for kind, flat in group.moments.items()
-            for name, view in group.views(flat).items()
-        }
-
-    def load(self, step_count: int, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
-        """Continue from a checkpoint: the first rank brings the whole tensors, the others pass None."""
+    def load(self, step_count: int, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Every rank reads all; see :meth:`lasp.parallel.engine.ModuleEngine.load`."""
+        read({f"{kind}.{name}": view for kind, views in self._views().items() for name, view in views.items()})
         self.step_count = step_count
-        if self.mesh.is_first:
-            for own, theirs in ((self.model_tensors(), model), (self.optimizer_tensors(), optimizer)):
-                for name, view in own.items():
-                    view.copy_(theirs[name])
         for group in self._groups:
-            for flat in (group.master, *group.moments.values()):
-                self.mesh.broadcast(flat)
             group.publish()
+
+    def _views(self) -> dict[str, dict[str, Tensor]]:
+        """Of every parameter, by kind and name."""
+        views: dict[str, dict[str, Tensor]] = {MODEL: {}, **{kind: {} for kind in MOMENTS}}
+        for group in self._groups:
+            for kind, flat in ((MODEL, group.master), *group.moments.items()):
+                views[kind] |= group.views(flat)
+        return views
 
     def _collect_gradients(self) -> Tensor:
         gradients = [group.gradient for group in self._groups]
@@ -83,7 +81,7 @@ class _FlatGroup:
         self.members, self.weight_decay = members, weight_decay
         self.master = torch.cat([p.detach().to(wide).reshape(-1) for p in members.values()])
         self.gradient = torch.zeros_like(self.master)
-        self.moments = {kind: torch.zeros_like(self.master) for kind in ("exp_avg", "exp_avg_sq")}
+        self.moments = {kind: torch.zeros_like(self.master) for kind in MOMENTS}
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """``flat`` cut into the members' shapes."""

@@ -6,6 +6,7 @@ a data-parallel rank to all this. An engine says how gradients are collected, me
 
     ddp      every rank holds all parameters, gradients and optimizer states     lasp.parallel.ddp
     fsdp2    every rank holds its share of all three                             lasp.parallel.fsdp
+    zero0-3  DeepSpeed: as ddp; shares of the states; of gradients; of all       lasp.parallel.zero
 
 Megatron has parameters, schedules and optimizers of its own: lasp.parallel.megatron.engine.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate
+from lasp.parallel.offload import SavedTensors
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,25 @@ class Engine(ABC):
         """The loss over held-out batches, equal on all ranks; None where they hold no label."""
 
     @abstractmethod
-    def save(self, folder: Path) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds of this engine; all ranks call it.
+    def save(self, folder: Path) -> dict[str, Tensor]:
+        """What this rank brings to a checkpoint. All ranks call it.
 
         Args:
             folder: of the checkpoint that is being written, where an engine may leave files of its own.
 
         Returns:
-            groups of whole tensors for the first rank to write; other ranks may return less.
+            tensors by name, for :func:`lasp.parallel.tensor_files.write_tensors`.
         """
 
     @abstractmethod
-    def restore(self, step_count: int, tensors: Mapping[str, Mapping[str, Tensor]] | None, folder: Path) -> None:
-        """Continue from a checkpoint: the first rank brings its tensors, the others pass None."""
+    def restore(self, step_count: int, read: Callable[[dict[str, Tensor]], None], folder: Path) -> None:
+        """Continue from a checkpoint. All ranks call it.
+
+        Args:
+            step_count: steps done.
+            read: fills tensors by name in place; all ranks call it once, or none does.
+            folder: of the checkpoint.
+        """
 
     def _check_finite(self, loss: float, grad_norm: float, share: float) -> None:
         """Refuse a step whose loss or gradient norm is not finite; ``share`` is this rank's of the loss."""
@@ -149,14 +157,15 @@ class ModuleEngine(Engine):
         self.loss = LossModel(model)
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.decayed = {name for name, p in named.items() if p.dim() > 1}  # norms, biases and gates do not decay
+        self._owners = _share_out({name: p.numel() for name, p in named.items()}, mesh.world_size)
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """See :meth:`Engine.step`."""
         count = count_labels([batch.labels for batch in batches], self.mesh)
         share = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for batch in batches:
+        for index, batch in enumerate(batches):
             loss = self.loss(batch) / count  # shares of all ranks and micro batches add up to the loss
-            loss.backward()
+            self._backward(loss, last=index == len(batches) - 1)
             share += loss.detach()
         norm = self._collect_gradients()
         loss, grad_norm = self.mesh.sum(share.clone()).item(), norm.item()
@@ -177,29 +186,42 @@ class ModuleEngine(Engine):
         self.model.train()
         return loss
 
-    def save(self, folder: Path) -> dict[str, dict[str, Tensor]]:
-        """Groups ``model`` and ``optimizer``; no files."""
-        return {"model": self.model_tensors(), "optimizer": self.optimizer_tensors()}
+    def save(self, folder: Path) -> dict[str, Tensor]:
+        """:meth:`tensors`, and no files."""
+        return self.tensors()
 
-    def restore(self, step_count: int, tensors: Mapping[str, Mapping[str, Tensor]] | None, folder: Path) -> None:
+    def restore(self, step_count: int, read: Callable[[dict[str, Tensor]], None], folder: Path) -> None:
         """See :meth:`Engine.restore`."""
-        groups = (None, None) if tensors is None else (tensors["model"], tensors["optimizer"])
-        self.load(step_count, *groups)
+        self.load(step_count, read)
+
+    def owner_of(self, name: str) -> int:
+        """The rank that writes a parameter which many hold: each writes about as many bytes."""
+        return self._owners[name]
+
+    def offload_activations(self) -> None:
+        """Keep what forward passes save for their backward in host memory; see :mod:`lasp.parallel.offload`."""
+        SavedTensors(self.model, self.mesh.device, to_host=True)
 
     @abstractmethod
-    def model_tensors(self) -> dict[str, Tensor]:
-        """The master copy of every parameter by name, whole on the first rank, for reading; all ranks call it.
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's part of ``model.NAME``, ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of every parameter, for reading.
 
-        It is what a checkpoint holds and generation reads; other ranks may get nothing.
+        In the master's dtype: DTensors of which this rank has a share, or whole tensors, each on one rank. All ranks
+        call it.
         """
 
     @abstractmethod
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """``exp_avg.NAME`` and ``exp_avg_sq.NAME`` of every parameter, as :meth:`model_tensors`."""
+    def load(self, step_count: int, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Continue from a checkpoint. All ranks call it; each calls ``read`` once.
 
-    @abstractmethod
-    def load(self, step_count: int, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
-        """Continue from a checkpoint: the first rank brings the whole tensors, the others pass None."""
+        Args:
+            step_count: steps done.
+            read: fills the tensors that it is given by name, those of :meth:`tensors`, whole or DTensors, in place.
+        """
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        """Backward pass of one micro batch, the last one of the step or not."""
+        loss.backward()
 
     @abstractmethod
     def _collect_gradients(self) -> Tensor:
@@ -214,14 +236,40 @@ class ModuleEngine(Engine):
         """Forget this step's gradients."""
 
 
+def _share_out(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
+    """A rank for each name: the largest first, each to the rank that has least."""
+    loads, owners = [0] * num_ranks, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += sizes[name]
+    return owners
+
+
 def build_engine(
-    name: str, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype
+    name: str,
+    model: nn.Module,
+    mesh: Mesh,
+    settings: OptimizerSettings,
+    dtype: torch.dtype,
+    *,
+    offload_activations: bool = False,
 ) -> ModuleEngine:
-    """The engine called ``name``: ``ddp`` or ``fsdp2``.
+    """The engine called ``name``: ``ddp``, ``fsdp2``, or ``zero0`` to ``zero3``.
+
+    Args:
+        offload_activations: keep what a forward saves for its backward in host memory; see
+            :mod:`lasp.parallel.offload`.
 
     Raises:
-        ValueError: there is no such engine, or it cannot train in ``dtype``.
+        ValueError: there is no such engine, or it cannot train in ``dtype`` or on this mesh.
     """
+    engine = _build(name, model, mesh, settings, dtype)
+    if offload_activations:
+        engine.offload_activations()
+    return engine
+
+
+def _build(name: str, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype) -> ModuleEngine:
     if name == "ddp":
         from lasp.parallel.ddp import DataParallelEngine
 
@@ -230,4 +278,8 @@ def build_engine(
         from lasp.parallel.fsdp import ShardedEngine
 
         return ShardedEngine(model, mesh, settings, dtype)
-    raise ValueError(f"engine must be 'ddp' or 'fsdp2', got {name!r}. Choose one of them.")
+    if name in ("zero0", "zero1", "zero2", "zero3"):
+        from lasp.parallel.zero import ZeroEngine
+
+        return ZeroEngine(model, mesh, settings, dtype, int(name[-1]))
+    raise ValueError(f"engine must be 'ddp', 'fsdp2', or 'zero0' to 'zero3', got {name!r}. Choose one of them.")

@@ -8,18 +8,16 @@ bfloat16. Gradients of every micro batch are summed at once, so that no rank eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lasp.parallel.checkpoint import MODEL, MOMENTS
 from lasp.parallel.engine import ModuleEngine, OptimizerSettings
 from lasp.parallel.mesh import Mesh
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardedEngine(ModuleEngine):
@@ -60,43 +58,21 @@ class ShardedEngine(ModuleEngine):
         ]
         self._optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps)
         for p in self._parameters.values():
-            self._optimizer.state[p] = {"step": torch.tensor(0.0), **{kind: torch.zeros_like(p) for kind in _MOMENTS}}
+            self._optimizer.state[p] = {"step": torch.tensor(0.0), **{kind: torch.zeros_like(p) for kind in MOMENTS}}
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """The parameters, whole, in host memory of the first rank; nothing on the others. All ranks call it."""
-        return dict(self._whole(self._parameters))
+    def tensors(self) -> dict[str, Tensor]:
+        """The shares of this rank, as DTensors."""
+        kinds = {MODEL: self._parameters} | {
+            kind: {name: self._optimizer.state[p][kind] for name, p in self._parameters.items()} for kind in MOMENTS
+        }
+        return {f"{kind}.{name}": x.detach() for kind, shares in kinds.items() for name, x in shares.items()}
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The moments, as :meth:`model_tensors`."""
-        return dict(self._whole(self._moments()))
-
-    def load(self, step_count: int, model: dict[str, Tensor] | None, optimizer: dict[str, Tensor] | None) -> None:
-        """Continue from a checkpoint: the first rank brings the whole tensors, the others pass None."""
+    def load(self, step_count: int, read: Callable[[dict[str, Tensor]], None]) -> None:
+        """Every rank reads its shares; see :meth:`lasp.parallel.engine.ModuleEngine.load`."""
+        read(self.tensors())
         self.step_count = step_count
-        for own, theirs in ((self._parameters, model), (self._moments(), optimizer)):
-            for name, share in own.items():
-                whole = torch.empty(share.shape, dtype=share.dtype, device=self.mesh.device)
-                if self.mesh.is_first:
-                    whole.copy_(theirs[name])
-                self.mesh.broadcast(whole)
-                mine = distribute_tensor(whole, share.device_mesh, share.placements, src_data_rank=None)
-                share.detach().to_local().copy_(mine.to_local())
         for p in self._parameters.values():
             self._optimizer.state[p]["step"].fill_(step_count)
-
-    def _moments(self) -> dict[str, DTensor]:
-        return {
-            f"{kind}.{name}": self._optimizer.state[p][kind]
-            for kind in _MOMENTS
-            for name, p in self._parameters.items()
-        }
-
-    def _whole(self, shares: dict[str, DTensor]) -> Iterator[tuple[str, Tensor]]:
-        """One tensor is whole on a device at a time."""
-        for name, share in shares.items():
-            whole = share.detach().full_tensor()
-            if self.mesh.is_first:
-                yield name, whole.cpu()
 
     def _collect_gradients(self) -> Tensor:
         square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)

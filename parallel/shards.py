@@ -12,20 +12,29 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lasp.config import ModelConfig
-from lasp.parallel.checkpoint import SHARDS, Checkpoint
+from lasp.parallel.checkpoint import MODEL, SHARDS, Checkpoint
 from lasp.parallel.files import reading
 from lasp.parallel.gpt_weights import to_native
+from lasp.parallel.tensor_files import TensorInfo, read_whole
 
 MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")  # of the distributed and of the plain optimizer
 
 
 def model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Every parameter of a checkpoint by its native name, in the master's dtype, whichever backend wrote it."""
-    if "model" in checkpoint.tensors:
-        return checkpoint.tensors["model"]
+    if checkpoint.shapes():
+        with reading(checkpoint.path):
+            return read_whole(checkpoint.tensors, f"{MODEL}.")
     with reading(checkpoint.path):
         whole = _read_shards(checkpoint.path / SHARDS)
     return to_native(whole, ModelConfig.from_dict(checkpoint.state["model"]))
+
+
+def parameter_index(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Shape and dtype of every parameter of a checkpoint by its native name."""
+    if shapes := checkpoint.shapes():
+        return {name: checkpoint.index[f"{MODEL}.{name}"] for name in shapes}
+    return {name: TensorInfo(tuple(x.shape), x.dtype) for name, x in model_tensors(checkpoint).items()}
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:

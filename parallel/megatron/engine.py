@@ -127,7 +127,7 @@ class MegatronEngine(Engine):
         loss, count = self.mesh.sum(torch.stack([total, count / self.mesh.copies])).tolist()
         return loss / count if count else None
 
-    def save(self, folder: Path) -> dict[str, dict[str, Tensor]]:
+    def save(self, folder: Path) -> dict[str, Tensor]:
         """Megatron's distributed checkpoint in ``folder / SHARDS``: every rank writes its part of it.
 
         Raises:
@@ -138,9 +138,9 @@ class MegatronEngine(Engine):
             (folder / SHARDS).mkdir()
         self.mesh.gather(None)  # the folder is there
         dist_checkpointing.save(self._sharded(is_loading=False), str(folder / SHARDS))
-        return {"optimizer": {}}
+        return {}
 
-    def restore(self, step_count: int, tensors: Any, folder: Path) -> None:
+    def restore(self, step_count: int, read: Any, folder: Path) -> None:
         """Read :meth:`save`'s files, at any sizes of the mesh.
 
         Raises:

@@ -1,11 +1,19 @@
 """Twenty steps of every engine on two sequences in flight over two ranks each: what one process learns."""
 
+import importlib.util
+import os
+import re
 import shutil
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 
+from lasp.launch.backends import make_engine
 from lasp.launch.schema import load_config
 from lasp.launch.train import train
+from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import tiny_yaml
 from tests.launch.test_curve import check, curve
 from tests.launch.test_train import _train_on_ranks
@@ -36,7 +44,7 @@ def alone(tmp_path_factory):
     return expected, folder / "run"
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"])
 def test_twenty_steps_with_accumulation_and_clipping(ranks, tmp_path, alone, engine):
     ranks.run(_train_on_ranks, _config(tmp_path / "four"), [f"engine={engine}", "cp=2", "dp=2"], size=4)
     check(curve(tmp_path / "four" / "run"), alone[0], range(1, STEPS + 1), 1e-5, evaluations=2)
@@ -54,3 +62,35 @@ def test_a_checkpoint_of_another_engine_and_shape_goes_on(ranks, tmp_path, alone
     check(
         curve(tmp_path / "resumed/run"), alone[0], range(1 if engine == "ddp" else 11, STEPS + 1), 1e-5, evaluations=1
     )
+
+
+def test_zero_is_quiet_needs_no_compiler_and_goes_on_from_one_process(tmp_path, alone):
+    path = _config(tmp_path / "resumed")
+    shutil.copytree(alone[1] / HALFWAY, tmp_path / "resumed/run" / HALFWAY)
+    bare = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "compiled")}
+    command = [sys.executable, "-m", "lasp.launch.cli", "train", str(path), "engine=zero3", "dp=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **bare})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search("[a-z]Warning|deprecated|[Dd]eep[Ss]peed|accelerator", done.stdout + done.stderr)
+    assert not (tmp_path / "compiled").exists()
+    check(curve(tmp_path / "resumed/run"), alone[0], range(11, STEPS + 1), 1e-5, evaluations=1)
+
+
+def test_engines_that_cannot_run_are_refused_before_anything_starts(tmp_path, monkeypatch):
+    path = _config(tmp_path / "refused")
+    with pytest.raises(ValueError, match=r"engine=zero1 computes in float32 or bfloat16, got dtype=float64"):
+        load_config(path, ["engine=zero1", "dtype=float64"])
+    with pytest.raises(ValueError, match=r"offload_activations=true has no effect with backend=megatron"):
+        load_config(path, ["backend=megatron", "offload_activations=true"])
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else found(name, *a))
+    with pytest.raises(ValueError, match=r"engine=zero1 needs DeepSpeed: pip install 'lasp\[deepspeed\]', or use"):
+        load_config(path, ["engine=zero1"])
+
+
+def test_offload_activations_reaches_the_engine(tmp_path):
+    path = _config(tmp_path / "offload")
+    for override, made in ([], 0), (["offload_activations=true"], 1):
+        with mock.patch("lasp.parallel.engine.SavedTensors") as saved:
+            make_engine(load_config(path, override), Mesh.build())
+        assert saved.call_count == made

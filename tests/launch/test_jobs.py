@@ -18,6 +18,7 @@ from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
 from lasp.launch.train import train
 from lasp.parallel.mesh import Mesh
+from lasp.parallel.saver import Saver
 from tests.launch.helpers import tiny_yaml
 
 HOLDER = """
@@ -25,6 +26,7 @@ import sys, time
 from pathlib import Path
 from lasp.launch import run_dir
 from lasp.parallel.mesh import Mesh
+from lasp.parallel.saver import Saver
 with run_dir.locked(Path(sys.argv[1]), Mesh.build()):
     print("holds", flush=True)
     time.sleep(60)
@@ -75,14 +77,15 @@ def test_a_restarted_job_goes_on_from_its_own_checkpoints(tmp_path, attempt, res
     overrides = ["steps=6", f"checkpoint.resume={resume.format(older=older)}"]
     attempt(0)
     with monkeypatch.context() as dying:
-        save = run_dir.checkpoints.save
+        save = Saver.save
 
-        def save_and_die(directory, step, *args, **options):
-            save(directory, step, *args, **options)
+        def save_and_die(self, step, *args):
+            save(self, step, *args)
             if step == 4:
+                self.wait()
                 raise KeyboardInterrupt
 
-        dying.setattr("lasp.parallel.checkpoint.save", save_and_die)
+        dying.setattr(Saver, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             train(load_config(path, overrides))
     first = {record["step"]: record["seconds"] for record in read_metrics(run)}

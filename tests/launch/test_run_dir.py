@@ -43,7 +43,7 @@ def _steps(run_dir):
 def test_a_damaged_newer_checkpoint_does_not_cost_the_one_just_written(tmp_path, finished, capsys):
     path, run = tiny_yaml(tmp_path), tmp_path / "run"
     shutil.copytree(finished.run_dir, run)
-    (run / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"")
+    (run / "checkpoints" / "step-00000006" / "state.json").write_bytes(b"")
     train(load_config(path, ["steps=5", "checkpoint.keep=1", "checkpoint.every=1"]))
     assert _names(run) == ["step-00000005"] and _names(run / "previous-1") == ["step-00000006"]
     assert _steps(run) == [1, 2, 3, 4, 5] and _steps(run / "previous-1") == [1, 2, 3, 4, 5, 6]

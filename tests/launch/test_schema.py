@@ -57,7 +57,6 @@ WRONG = {
     "optimizer.min_lr=1": "optimizer.min_lr = 1.0 must not exceed optimizer.lr",
     "model.mixer={decay: none, causal: false}": "is an encoder",
     "data.tokenizer=absent.json": "'absent.json' is no file",
-    "engine=zero3": "engine=zero3 is not built yet",
     "backend=other": "backend should be 'native' or 'megatron', got 'other'",
     "megatron.virtual_stages=1": "megatron.virtual_stages should be greater than or equal to 2, got 1",
     "megatron.distributed_optimizer=false": "has no effect with backend=native: set backend=megatron",

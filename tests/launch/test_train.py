@@ -15,6 +15,7 @@ from lasp.parallel import checkpoint as checkpoints
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import tiny_config, tiny_yaml
 
+SHARD = "tensors/shard-00001-model-00001-of-00001.safetensors"
 FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "lr", "tokens", "seconds", "labels", "peak_memory_bytes"}
 
 
@@ -91,10 +92,10 @@ def test_a_finished_run_says_so_and_a_fresh_start_moves_it_aside(tmp_path, capsy
 def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, finished, capsys):
     path = tiny_yaml(tmp_path)
     shutil.copytree(finished.run_dir, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "step-00000006" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "run" / "checkpoints" / "step-00000006" / SHARD).write_bytes(b"")
     train(load_config(path))
     out = " ".join(capsys.readouterr().out.split())
-    assert "step-00000006 is damaged: model.safetensors has 0 bytes" in out and "resumed at step 4 of 6" in out
+    assert f"step-00000006 is damaged: {SHARD} has 0 bytes" in out and "resumed at step 4 of 6" in out
     assert _losses(tmp_path / "run") == _losses(finished.run_dir)
 
 
@@ -177,4 +178,4 @@ def test_bf16_follows_fp32(tmp_path, finished):
     train(tiny_config(tmp_path, "dtype=bfloat16"))
     assert _losses(tmp_path / "run") == pytest.approx(_losses(finished.run_dir), rel=0.02)
     saved = checkpoints.load(checkpoints.find(tmp_path / "run"))
-    assert all(x.dtype == torch.float32 for x in saved.tensors["model"].values())
+    assert saved.shapes() and all(saved.index[f"model.{name}"].dtype == torch.float32 for name in saved.shapes())

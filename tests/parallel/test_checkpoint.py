@@ -1,44 +1,62 @@
+"""Checkpoints on one process: what is saved comes back, what is damaged is found, what is killed leaves no trace."""
+
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.mesh import Mesh
+from lasp.parallel.saver import Saver
+from lasp.parallel.tensor_files import read_whole
 
 CONFIG = {"dim": 4, "mixer": {"heads": 2, "decay": "none"}}
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def _tensors(seed):
     flat = torch.randn(30, generator=torch.Generator().manual_seed(seed))
-    return {
-        "model": {"a": flat[:12].view(3, 4), "b": flat[12:]},  # views of one buffer, as the engine's are
-        "optimizer": {
-            **{f"{kind}.a": flat[:12].view(3, 4) for kind in ("exp_avg", "exp_avg_sq")},
-            **{f"{kind}.b": flat[12:] for kind in ("exp_avg", "exp_avg_sq")},
-            "random_state": torch.get_rng_state(),
-        },
-    }
+    parts = {"a": flat[:12].view(3, 4), "b": flat[12:]}  # views of one buffer, as the engine's are
+    return {f"{kind}.{name}": x for kind in ("model", "exp_avg", "exp_avg_sq") for name, x in parts.items()}
 
 
-def _save(directory, step, **options):
+def _save(directory, step, extras=None, **options):
     state = {"model": CONFIG, "data_position": 7 * step, "config": {}, "tokenizer": "bytes"}
-    return checkpoints.save(directory, step, _tensors(step), state, **options)
+    with Saver(directory, Mesh.build(), **options) as saver:
+        return saver.save(step, lambda folder: _tensors(step), state, extras)
 
 
-def test_what_is_saved_comes_back(tmp_path):
-    path = _save(tmp_path, 3, extras={"tokenizer.json": b"{}"})
+@pytest.mark.parametrize("background", [False, True])
+def test_what_is_saved_comes_back(tmp_path, background):
+    path = _save(tmp_path, 3, extras={"tokenizer.json": b"{}"}, background=background)
     saved = checkpoints.load(path)
     assert saved.step == 3 and saved.state["data_position"] == 21 and saved.extras == {"tokenizer.json": b"{}"}
-    for group, members in _tensors(3).items():
-        assert saved.tensors[group].keys() == members.keys()
-        assert all(torch.equal(saved.tensors[group][name], x) for name, x in members.items())
+    found = read_whole(saved.tensors)
+    assert torch.equal(found.pop("random_state"), torch.get_rng_state())
+    assert found.keys() == _tensors(3).keys() and all(torch.equal(found[name], x) for name, x in _tensors(3).items())
+    assert saved.shapes() == {"a": (3, 4), "b": (18,)}
     assert checkpoints.find(path) == checkpoints.find(tmp_path) == path
+
+
+def test_a_background_save_has_the_values_of_its_step(tmp_path):
+    values = _tensors(1)
+    before = {name: x.clone() for name, x in values.items()}
+    state = {"model": CONFIG, "data_position": 1, "config": {}, "tokenizer": "bytes"}
+    with Saver(tmp_path, Mesh.build(), background=True) as saver:
+        path = saver.save(1, lambda folder: values, state)
+        for x in values.values():  # training goes on
+            x.zero_()
+    found = read_whole(checkpoints.load(path).tensors)
+    assert all(torch.equal(found[name], x) for name, x in before.items())
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -50,54 +68,107 @@ def test_only_the_newest_are_kept(tmp_path):
         _save(tmp_path, 4, keep=0)
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_fingerprint", "_flush_to_disk", "os.rename"])
-def test_a_failed_save_leaves_the_older_checkpoint(tmp_path, monkeypatch, broken):
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("broken", ["write_tensors", "fingerprint", "_flush_to_disk", "os.rename"])
+def test_a_failed_save_leaves_the_older_checkpoint(tmp_path, monkeypatch, broken, background):
     good = _save(tmp_path, 1)
 
     def fail(*_):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"lasp.parallel.checkpoint.{broken}", fail)
-        with pytest.raises(OSError, match="no space"):
-            _save(tmp_path, 2)
+        patch.setattr(f"lasp.parallel.saver.{broken}", fail)
+        with pytest.raises(OSError, match=r"cannot write .*step-00000002.*no space"):
+            _save(tmp_path, 2, background=background)
     assert os.listdir(tmp_path) == [good.name]
     assert checkpoints.load_newest(tmp_path, pytest.fail).step == 1
     assert _save(tmp_path, 1) == good and checkpoints.load(good).step == 1  # the same step again replaces it
 
 
-KILLED = """
-import sys, time, torch
+SAVING = """
+import sys, torch
 from pathlib import Path
-from lasp.parallel import checkpoint
-flush = checkpoint._flush_to_disk
-def slow(path):
-    print("writing", flush=True)
-    time.sleep(60)
-checkpoint._flush_to_disk = slow
-checkpoint.save(Path(sys.argv[1]), 2, {"model": {"a": torch.ones(3)}}, {"model": {}})
+from lasp.parallel.mesh import Mesh
+from lasp.parallel.saver import Saver
+from tests.parallel.test_checkpoint import _save
+torch.set_num_threads(1)
+print("ready", flush=True)
+for line in sys.stdin:  # a step to begin at
+    step = int(line)
+    while True:
+        _save(Path(sys.argv[1]), step, keep=2, background=step % 2 == 0)
+        step += 1
+        print(step, flush=True)
 """
 
 
-def test_a_killed_save_leaves_the_older_checkpoint(tmp_path):
-    _save(tmp_path, 1)
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
-    assert child.stdout.readline() == b"writing\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait(30)
-    assert len(os.listdir(tmp_path)) == 2  # the half written one has no name that a reader looks at
-    assert checkpoints.load_newest(tmp_path, pytest.fail).step == 1
-    _save(tmp_path, 3)
-    assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000003"]
+def _kill_while_saving(folder, moments):
+    """A process that does nothing but save is killed after each of these seconds; its newest checkpoint stays good."""
+    last = 0
+    for moment in moments:
+        child = subprocess.Popen(
+            [sys.executable, "-c", SAVING, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout.readline() == "ready\n"
+        child.stdin.write(f"{last + 1}\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == f"{last + 2}\n"
+        time.sleep(moment)
+        child.send_signal(signal.SIGKILL)
+        done = child.communicate(timeout=30)[0].split()
+        finished = int(done[-1]) - 1 if done else last + 1
+        found = checkpoints.load_newest(folder, pytest.fail)  # no damaged one has a checkpoint's name
+        assert finished <= found.step <= finished + 1
+        tensors = read_whole(found.tensors)
+        assert all(torch.equal(tensors[name], x) for name, x in _tensors(found.step).items())
+        last = found.step
+        leftovers = [path for path in folder.iterdir() if not path.name.startswith("step-")]
+        assert len(leftovers) <= 2  # one that was being written, one that was being deleted
+    _save(folder, last + 1, keep=2)
+    assert all(path.name.startswith("step-") for path in folder.iterdir())
+
+
+def test_a_kill_at_any_moment_leaves_the_newest_good_checkpoint(tmp_path):
+    _kill_while_saving(tmp_path, [0.0, 0.013, 0.04])
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments(tmp_path):
+    draw = random.Random(5)
+    _kill_while_saving(tmp_path, [draw.uniform(0, 0.1) for _ in range(50)])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_loses_no_checkpoint(small_disk):
+    step = 1
+    with pytest.raises(OSError, match=r"cannot write .*step-\d+.*No space left on device"):
+        for step in range(1, 50):
+            _save(small_disk, step)
+    assert step > 3
+    assert checkpoints.load_newest(small_disk, pytest.fail).step == step - 1
+    assert len(checkpoints.list_checkpoints(small_disk)) == step - 1 == len(list(small_disk.iterdir()))
 
 
 def _truncate(path):
-    file = path / "model.safetensors"
+    file = path / "tensors" / SHARD
     file.write_bytes(file.read_bytes()[:-5])
 
 
 def _flip(path):
-    file = path / "optimizer.safetensors"
+    file = path / "tensors" / SHARD
     content = bytearray(file.read_bytes())
     content[-3] ^= 1
     file.write_bytes(content)
@@ -112,11 +183,17 @@ def _edit_state(**changes):
     return edit
 
 
-def _edit_optimizer(**changes):
+def _edit_tensors(**changes):
+    """Other tensors in place of these, none for None; each piece still said to be the first of its tensor."""
+
     def edit(path):
-        tensors = _tensors(2)["optimizer"] | changes
-        kept = {name: x.clone() for name, x in tensors.items() if x is not None}
-        save_file(kept, path / "optimizer.safetensors")
+        file = path / "tensors" / SHARD
+        with safe_open(file, "pt") as reader:
+            header = reader.metadata()
+        changed = {name.replace("__", "."): x for name, x in changes.items()}
+        kept = {name: x for name, x in {**load_file(file), **changed}.items() if x is not None}
+        places = {name: {"saved_offsets": [0] * x.dim()} for name, x in kept.items()}
+        save_file(kept, file, {**header, "DCP_SHARDING_INFO": json.dumps(places)})
         _sign(path)
 
     return edit
@@ -133,8 +210,8 @@ def _leave_out(name):
 def _sign(path):
     """A manifest that is right about the files that are there."""
     manifest = json.loads((path / "manifest.json").read_text())
-    files = [file for file in path.iterdir() if file.name != "manifest.json"]
-    manifest["files"] = {file.name: checkpoints._fingerprint(file) for file in files}
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
+    manifest["files"] = {file.relative_to(path).as_posix(): checkpoints.fingerprint(file) for file in files}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -142,16 +219,17 @@ PARTS = {
     "no 'data_position' in state.json": _edit_state(data_position=None),
     "no 'config' in state.json": _edit_state(config=None),
     "'tokenizer' is int, not str, in state.json": _edit_state(tokenizer=5),
-    "optimizer.safetensors is missing": _leave_out("optimizer.safetensors"),
-    "model.safetensors is missing": _leave_out("model.safetensors"),
+    "no parameter in tensors": _leave_out(f"tensors/{SHARD}"),
     "state.json is missing.": _leave_out("state.json"),
-    "no exp_avg_sq.b in optimizer.safetensors": _edit_optimizer(**{"exp_avg_sq.b": None}),
-    "no random_state in optimizer.safetensors": _edit_optimizer(random_state=None),
-    "exp_avg.a is (4,), not (3, 4), in optimizer.safetensors": _edit_optimizer(**{"exp_avg.a": torch.ones(4)}),
+    "no exp_avg_sq.b in tensors": _edit_tensors(exp_avg_sq__b=None),
+    "no random_state in tensors": _edit_tensors(random_state=None),
+    "exp_avg.a is (4,), not (3, 4), in tensors": _edit_tensors(exp_avg__a=torch.ones(4)),
+    "cannot be read": lambda path: ((path / "tensors" / SHARD).write_bytes(b"nothing"), _sign(path)),
 }
 DAMAGES = PARTS | {
-    "model.safetensors has": _truncate,
-    "optimizer.safetensors does not have its hash": _flip,
+    f"tensors/{SHARD} has": _truncate,
+    f"tensors/{SHARD} does not have its hash": _flip,
+    f"tensors/{SHARD} is missing": lambda path: (path / "tensors" / SHARD).unlink(),
     "state.json is missing": lambda path: (path / "state.json").unlink(),
     "no manifest.json": lambda path: (path / "manifest.json").unlink(),
     "manifest.json cannot be read": lambda path: (path / "manifest.json").write_text("{"),
@@ -178,7 +256,7 @@ def test_absent_and_foreign_checkpoints_are_named(tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         checkpoints.load(tmp_path / "model.pt")
     assert checkpoints.load_newest(tmp_path / "none", pytest.fail) is None
-    (path := _save(tmp_path, 1)).joinpath("model.safetensors").unlink()
+    (path := _save(tmp_path, 1)).joinpath("state.json").unlink()
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):
         checkpoints.load_newest(tmp_path, lambda _: None)
     assert path.is_dir()
@@ -196,5 +274,5 @@ def test_another_model_is_refused_by_key_and_by_tensor(tmp_path):
 
 def test_the_checkpoint_just_written_is_never_deleted(tmp_path):
     for step in (6, 2, 4):
-        checkpoints.save(tmp_path, step, {}, {}, keep=1)
+        _save(tmp_path, step, keep=1)
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-00000004", "step-00000006"]
