@@ -56,7 +56,7 @@ def train(config: RunConfig) -> None:
     with (
         process_group(job, device, timeout) as store,
         backend_mesh(config, device, timeout) as mesh,
-        run_dir.locked(config.run_dir, mesh),
+        run_dir.locked(config.run_dir, mesh, patience_s=min(60.0, config.timeout_s / 2) if job.attempt else 0.0),
     ):
         apart = mesh.world_size > 1 and config.checkpoint.background
         writers = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT) if apart else None
