@@ -115,7 +115,8 @@ class _Cluster:
         self.own_address = ray.util.get_node_ip_address()
         gpus = config.ray.gpus_per_worker
         if gpus is None:
-            gpus = int(config.device != "cpu" and any(node["Resources"].get("GPU", 0) >= 1 for node in self._living()))
+            found = any(node["Resources"].get("GPU", 0) >= 1 for node in self._living())
+            gpus = int(config.device == "cuda" or (config.device == "auto" and found))
         self.per_rank = {"CPU": config.ray.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
 
     def _living(self) -> list[dict[str, Any]]:
@@ -298,8 +299,8 @@ class _Driver:
             running = thread.is_alive()  # asked first: what was said before the end is shown after it
             show(self._store, self._screen)
             if self._store.check([FATAL]):
-                message = json.loads(self._store.get(FATAL))["message"]
-                raise RankFailure(message, "")
+                fatal = json.loads(self._store.get(FATAL))
+                raise RankFailure(fatal["message"], fatal["traceback"])
             if not running:
                 return
             if self._signals.count == 1 and not self._store.check([STOP]):
@@ -349,15 +350,22 @@ class _Driver:
             ranks = [rank for rank, place in places.items() if place["node"] in gone]
             return RankFailure(f"node {' and '.join(map(_short, gone))} was lost, with rank(s) {_ranges(ranks)}.")
         rank_of = {place["worker"]: rank for rank, place in places.items()}
-        codes, lost = [0] * world_size, []
+        codes, lost, last_words = [0] * world_size, [], {}
         for worker, failure in error.worker_failures.items():
             if found := _ENDED.search(str(failure)):
                 codes[int(found[1])] = int(found[2])
+                last_words[int(found[1])] = str(failure)[found.end() :].strip()
             else:
                 lost.append(worker)
         if lost:
             names = [f"rank {rank_of[worker]}" if worker in rank_of else f"worker {worker}" for worker in lost]
             return RankFailure(f"the Ray worker of {' and '.join(names)} died.", str(error))
+        reported = any(self._store.check([local._ERROR.format(rank=rank)]) for rank in range(world_size))
+        if not reported and min(codes) >= 0:
+            rank = min(last_words)
+            return RankFailure(
+                f"rank {rank} ended with exit code {codes[rank]}, saying: {last_words[rank]}", str(error)
+            )
         return local._explain(codes, self._store)
 
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ def train_rank(config: RunConfig) -> None:
     try:
         train(config)
     except (ValueError, FloatingPointError) as error:  # every restart would end here again
-        store.set(FATAL, json.dumps({"time": time.time(), "message": explained(error)}))
+        store.set(FATAL, json.dumps({"message": explained(error), "traceback": traceback.format_exc()}))
         raise
 
 
