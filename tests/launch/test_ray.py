@@ -1,5 +1,6 @@
 """Ray: where ranks go, what is refused, and a run that loses a rank, a worker or a node and goes on by itself."""
 
+import json
 import os
 import random
 import re
@@ -7,17 +8,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import TCPStore
 
-from lasp.launch.local import run_local
+from lasp.launch.local import Interrupted, RankFailure, run_local
 from lasp.launch.placement import Seat, crossing_groups, largest_world, place_ranks, rank_environments
-from lasp.launch.ray_train import open_store, run_ray
-from lasp.launch.ray_worker import RUN
+from lasp.launch.ray_driver import Driver, Loss, NotStarted, open_store
+from lasp.launch.ray_train import run_ray
+from lasp.launch.ray_worker import FATAL, PLACE, RUN, STOP
 from lasp.launch.report import Report, Screen, read_metrics, show, watch
 from tests.launch.helpers import tiny_config, tiny_yaml
 
@@ -42,6 +47,166 @@ def rank_pids(run_dir):
 
 def losses(run_dir):
     return {record["step"]: record["loss"] for record in read_metrics(run_dir)}
+
+
+class FakeCluster:
+    """Nodes with slots, and attempts that go as the test says: ``script(store, places)`` of each in turn."""
+
+    own_address, head_address, per_rank = "10.0.0.1", "10.0.0.1:6379", {"CPU": 2}
+
+    def __init__(self, slots, *script, busy=0):
+        self.nodes, self.script, self.busy, self.attempts = dict(slots), list(script), busy, []
+
+    def addresses(self):
+        return dict.fromkeys(self.nodes, "10.0.0.1")
+
+    def slots(self, *, free):
+        return {node: max(0, slots - self.busy * free) for node, slots in self.nodes.items()}
+
+    def fit(self, places, attempt, group_size, environment, loopback):
+        assert loopback and environment["TORCHELASTIC_RESTART_COUNT"] == str(attempt) == str(len(self.attempts))
+        self.attempts.append(list(places))
+        store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), wait_for_workers=False)
+        for rank, node in enumerate(places):  # worker numbers are not ranks
+            here = {"worker": len(places) - 1 - rank, "node": node, "host": "h", "pid": 1}
+            store.set(PLACE.format(rank=rank), json.dumps(here))
+        self.script.pop(0)(store, self)
+
+
+def loses(node):
+    def end(store, cluster):
+        del cluster.nodes[node]
+        raise Loss({0: "The actor died unexpectedly"})
+
+    return end
+
+
+def succeeds(store, cluster):
+    time.sleep(0.3)  # the driver looks around ten times a second
+
+
+def drive(cluster, folder, *overrides, signals=0):
+    config = tiny_config(folder, "launcher=ray", "cp_size=2", "data.batch_size=12", *overrides)
+    Driver(config, cluster, SimpleNamespace(count=signals)).run()
+
+
+def test_the_group_shrinks_to_what_a_lost_node_leaves(tmp_path, capsys):
+    cluster = FakeCluster({"a": 4, "b": 4, "c": 4}, loses("b"), loses("a"), succeeds)
+    drive(cluster, tmp_path)
+    assert cluster.attempts == [["a"] * 4 + ["b"] * 4 + ["c"] * 4, ["a"] * 4 + ["c"] * 4, ["c"] * 4]
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert "node b was lost, with rank(s) 4-7. Restart 1 of at most 3, from the last checkpoint." in shown
+    assert "node a was lost, with rank(s) 0-3. Restart 2 of at most 3" in shown
+    assert "ranks 0-3 on node c (10.0.0.1)" in shown and "do not fit on one node" not in shown
+
+
+def test_a_group_that_fits_on_no_node_is_named(tmp_path, capsys):
+    drive(FakeCluster({"a": 2, "b": 3}, succeeds), tmp_path, "cp_size=4")
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert "warning: group(s) 0 of tp_size x cp_size = 4 ranks do not fit on one node (rank slots: 2 on" in shown
+
+
+def test_a_busy_cluster_starts_fewer_ranks_and_a_fixed_shape_waits(tmp_path):
+    cluster = FakeCluster({"a": 4, "b": 4}, succeeds, busy=2)
+    drive(cluster, tmp_path, "ray.wait_s=1")
+    assert cluster.attempts == [["a", "a", "b", "b"]]
+    with pytest.raises(
+        ValueError, match=r"^8 rank\(s\) need 16 CPU, and after ray.wait_s = 1 s the cluster has room for 4: "
+    ):
+        drive(FakeCluster({"a": 4, "b": 4}, busy=2), tmp_path, "ray.wait_s=1", "dp_size=4")
+    with pytest.raises(ValueError, match="2 of 4 on node a"):
+        drive(FakeCluster({"a": 4, "b": 4}, busy=2), tmp_path, "ray.wait_s=1", "ray.num_workers=8")
+    with pytest.raises(ValueError, match=r"^2 rank\(s\) need 4 CPU, .* room for 1: 1 of 1 on node a"):
+        drive(FakeCluster({"a": 1}), tmp_path, "ray.wait_s=0.5")
+
+
+def report(rank, time, message):
+    return lambda store: store.set(
+        f"lasp/error/{rank}",
+        json.dumps({"rank": rank, "time": time, "expected": True, "message": message, "traceback": ""}),
+    )
+
+
+def fails(failures, *reports):
+    def end(store, cluster):
+        for leave in reports:
+            leave(store)
+        raise Loss(failures)
+
+    return end
+
+
+FULL = report(1, 1, "the disk is full.")
+ENDS = {
+    "the disk is full. That is failure 1, and ray.max_failures = 0. Run again": fails(
+        {0: "x: rank 1 ended with exit code 1\n", 1: "rank 0 ended with exit code 1"}, report(0, 2, "a victim."), FULL
+    ),
+    "rank 0 was killed by SIGKILL": fails(
+        {0: "rank 1 ended with exit code 1", 1: "rank 0 ended with exit code -9"}, FULL
+    ),
+    "the Ray worker of rank 1 died. That is": fails({0: "died", 1: "rank 0 ended with exit code 1"}, FULL),
+    "rank 0 ended with exit code 3, saying: no file": fails({1: "rank 0 ended with exit code 3\nno file\n"}),
+}
+
+
+@pytest.mark.parametrize("message", ENDS)
+def test_the_cause_is_shown_when_there_were_too_many_failures(tmp_path, message):
+    with pytest.raises(RankFailure, match=f"^{re.escape(message)}"):
+        drive(FakeCluster({"a": 2}, ENDS[message]), tmp_path, "ray.max_failures=0")
+
+
+def test_a_group_that_does_not_come_up_is_started_again_unless_that_is_in_vain(tmp_path, capsys):
+    def late(store, cluster):
+        raise NotStarted(RuntimeError("a node is gone"), may_pass=True)
+
+    def in_vain(store, cluster):
+        raise NotStarted(ModuleNotFoundError("No module named 'lasp'"), may_pass=False)
+
+    drive(FakeCluster({"a": 2}, late, late, succeeds), tmp_path, "ray.max_failures=0")
+    assert capsys.readouterr().out.count("Ray could not start the ranks: a node is gone. Trying again.") == 2
+    with pytest.raises(RankFailure, match=r"^Ray could not start the ranks: No module named 'lasp'"):
+        drive(FakeCluster({"a": 2}, in_vain), tmp_path)
+    with pytest.raises(RankFailure, match=r"a node is gone\. That took longer than ray\.wait_s = 0\.001 s"):
+        drive(FakeCluster({"a": 2}, late), tmp_path, "ray.wait_s=0.001")
+
+
+def test_the_end_does_not_wait_for_an_attempt_that_hangs(tmp_path):
+    never = threading.Event()
+
+    def fatal(store, cluster):
+        store.set(FATAL, json.dumps({"message": "no data.", "traceback": "where"}))
+        never.wait(60)
+
+    with pytest.raises(RankFailure, match=r"^no data\.$") as failure:
+        drive(FakeCluster({"a": 2}, fatal), tmp_path)
+    assert failure.value.details == "where"
+    never.set()
+
+
+def test_a_signal_reaches_the_ranks_and_a_second_one_does_not_wait(tmp_path):
+    config, never = tiny_config(tmp_path, "launcher=ray"), threading.Event()
+    signals, seen = SimpleNamespace(count=0), []
+
+    def stops(store, cluster):
+        signals.count = 1
+        store.wait([STOP], timedelta(seconds=30))
+        seen.append(STOP)
+
+    def hangs(store, cluster):
+        signals.count = 2
+        never.wait(60)
+
+    def dies(store, cluster):
+        signals.count = 1
+        raise Loss({0: "rank 0 ended with exit code -15"})
+
+    Driver(config, FakeCluster({"a": 1}, stops), signals).run()
+    assert seen == [STOP]
+    for end in (hangs, dies):
+        signals.count = 0
+        with pytest.raises(Interrupted, match="Run again: it goes on from what is saved"):
+            Driver(config, FakeCluster({"a": 1}, end), signals).run()
+    never.set()
 
 
 @pytest.fixture(scope="module")
