@@ -263,8 +263,10 @@ class Driver:
             else:
                 lost.append(worker)
         if lost:
-            names = [f"rank {rank_of[worker]}" if worker in rank_of else f"worker {worker}" for worker in lost]
-            return RankFailure(f"the Ray worker of {' and '.join(names)} died.", str(loss))
+            ranks = [rank_of[worker] for worker in lost if worker in rank_of]
+            nodes = sorted({_short(places[rank]["node"]) for rank in ranks})
+            who = f"rank(s) {_ranges(ranks)} on {' and '.join(nodes)}" if ranks else "a rank"
+            return RankFailure(f"the Ray worker of {who} died.", str(loss))
         reported = any(self._store.check([local._ERROR.format(rank=rank)]) for rank in range(world_size))
         if not reported and min(codes) >= 0:
             rank = min(last_words)
