@@ -58,6 +58,10 @@ def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool
         raise ValueError(
             f"{'--slurm' if slurm else '--print'} has no effect with launcher={run.launcher}. Add launcher=torchrun."
         )
+    if run.launcher == "ray":
+        from lasp.launch.ray_train import run_ray
+
+        return run_ray(run)
     job = Job.from_environment()
     num_ranks = run.tp_size * run.pp_size * run.cp_size * (run.dp_size or 1)
     if print_only or slurm:

@@ -13,8 +13,10 @@ import fcntl
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import yaml
 from torch.distributed import Store
@@ -31,23 +33,26 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of a file system with
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path, mesh: Mesh) -> Iterator[None]:
+def locked(run_dir: Path, mesh: Mesh, patience_s: float = 0.0) -> Iterator[None]:
     """No second run in the directory while the block runs. The system unlocks it however this process ends.
+
+    Args:
+        patience_s: how long to wait for another run to end; a restarted job's last attempt may still be ending.
 
     Raises:
         ValueError: another run is in it; on every rank.
     """
     with contextlib.ExitStack() as held:
-        mesh.on_first(lambda: _lock(run_dir, held))
+        mesh.on_first(lambda: _lock(run_dir, held, time.monotonic() + patience_s))
         yield
 
 
-def _lock(run_dir: Path, held: contextlib.ExitStack) -> None:
+def _lock(run_dir: Path, held: contextlib.ExitStack, deadline: float) -> None:
     with writing(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         file = held.enter_context((run_dir / ".lock").open("a+"))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(file, deadline)
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
@@ -60,6 +65,16 @@ def _lock(run_dir: Path, held: contextlib.ExitStack) -> None:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+
+
+def _flock(file: IO[str], deadline: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.1)
 
 
 def resume_from(config: RunConfig, store: Store | None) -> bool | str:

@@ -30,6 +30,7 @@ from lasp.launch.sections import (
     MegatronConfig,
     OptimizerConfig,
     Positive,
+    RayConfig,
     Section,
     TorchrunConfig,
 )
@@ -91,6 +92,7 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     megatron: MegatronConfig = MegatronConfig()
     torchrun: TorchrunConfig = TorchrunConfig()
+    ray: RayConfig = RayConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -132,8 +134,7 @@ class RunConfig(Section):
                 f"torchrun: {changed} has no effect with launcher={self.launcher}: set launcher=torchrun, or leave "
                 "torchrun out."
             )
-        if self.launcher == "ray":
-            raise ValueError("launcher=ray is not built yet; use launcher=local or launcher=torchrun.")
+        self._check_ray()
         if not self.model.causal:
             raise ValueError(
                 "model.mixer.causal=false is an encoder; this objective predicts the next token. "
@@ -160,6 +161,36 @@ class RunConfig(Section):
                 f"{self.dp_size}. Set data.batch_size to a multiple of {self.dp_size}."
             )
         return self
+
+    def _check_ray(self) -> None:
+        ray = self.ray
+        if self.launcher != "ray":
+            if ray != RayConfig():
+                raise ValueError(
+                    f"ray={ray} has no effect with launcher={self.launcher}: set launcher=ray, or leave ray out."
+                )
+            return
+        if ray.num_workers is not None:
+            unit = self.ranks_per_sequence
+            if self.dp_size is not None and ray.num_workers != unit * self.dp_size:
+                raise ValueError(
+                    f"ray.num_workers = {ray.num_workers} must equal tp_size x pp_size x cp_size x dp_size = "
+                    f"{unit * self.dp_size}. Leave one of ray.num_workers and dp_size out."
+                )
+            if ray.num_workers % unit or self.data.batch_size % (ray.num_workers // unit):
+                raise ValueError(
+                    f"ray.num_workers = {ray.num_workers} must be tp_size x pp_size x cp_size = {unit} times a divisor "
+                    f"of data.batch_size = {self.data.batch_size}. Leave it out: then as many as fit are started."
+                )
+        if ray.gpus_per_worker is not None and (self.device, ray.gpus_per_worker) in (("cpu", 1), ("cuda", 0)):
+            raise ValueError(
+                f"ray.gpus_per_worker = {ray.gpus_per_worker} does not go with device={self.device}. Leave it out."
+            )
+
+    @property
+    def ranks_per_sequence(self) -> int:
+        """Ranks that hold one copy of the model and work on the same sequences: tp x pp x cp."""
+        return self.tp_size * self.pp_size * self.cp_size
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -38,6 +38,17 @@ def _endpoint(value: Any) -> str | None:
     return value
 
 
+def _ray_address(value: Any) -> str | None:
+    host, colon, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+    plain = bool(host and colon and "/" not in host and port.isdecimal() and 0 < int(port) < 65536)
+    if value is not None and value != "auto" and not plain:
+        raise ValueError(
+            f"must be auto or the HOST:PORT of a cluster's head, got {value!r}. Run the command on a machine of the "
+            "cluster and use auto, or leave it out: a Ray on this machine is started for the run."
+        )
+    return value
+
+
 def _name(value: Any) -> Any:
     """YAML reads a job's number as an int."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -156,6 +167,30 @@ class TorchrunConfig(Section):
         """The fewest and the most nodes."""
         low, _, high = str(self.nodes).partition(":")
         return int(low), int(high or low)
+
+
+class RayConfig(Section):
+    """Options of ``launcher: ray``.
+
+    Attributes:
+        address: null: start a Ray on this machine for the run; ``auto`` or ``HOST:PORT``: join a cluster that this
+            machine is part of.
+        num_workers: ranks to start with; null: those of the mesh sizes, with dp_size null as many as fit.
+        cpus_per_worker: CPUs that a rank reserves, and its threads.
+        gpus_per_worker: GPUs that a rank reserves; null: one where a node has GPUs and device is not cpu.
+        max_failures: restarts after a rank or node was lost; -1: no limit.
+        wait_s: how long to wait for the resources of the ranks, at the start and at a restart.
+        bind: address of this machine on which the job's store listens; null: the loopback address where all nodes
+            are on this machine, else the address that the cluster knows this machine by.
+    """
+
+    address: Annotated[str | None, BeforeValidator(_ray_address)] = None
+    num_workers: Count | None = None
+    cpus_per_worker: Count = 1
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] | None = None
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    wait_s: Annotated[Positive, Field(le=1e6)] = 600.0
+    bind: Annotated[str, Field(min_length=1)] | None = None
 
 
 class LogConfig(Section):

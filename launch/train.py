@@ -55,10 +55,11 @@ def train(config: RunConfig) -> None:
             f"checkpoint.resume={config.checkpoint.resume} in a restarted job needs the launcher's store, to tell the "
             "job's own checkpoints from older ones. Unset TORCH_DISABLE_SHARE_RDZV_TCP_STORE, or use resume=true."
         )
+    patience_s = min(60.0, config.timeout_s / 2) if job.attempt else 0.0
     with process_group(job, device, timeout) as store:
         check_ranks(config, device)
         limit = group_timeout(device, timeout)
-        with backend_mesh(config, device, limit) as mesh, run_dir.locked(config.run_dir, mesh):
+        with backend_mesh(config, device, limit) as mesh, run_dir.locked(config.run_dir, mesh, patience_s=patience_s):
             apart = mesh.world_size > 1 and config.checkpoint.background
             writers = dist.new_group(backend="gloo", timeout=max(limit, _WRITE_TIMEOUT)) if apart else None
             _train(config, mesh, store, writers)
@@ -85,7 +86,7 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None, writers: d
     engine = make_engine(config, mesh)
     position, notes = _resume(config, engine, mesh, tokenizer, store)
 
-    report = Report(config, engine.step_count, active=mesh.is_first)
+    report = Report(config, engine.step_count, active=mesh.is_first, store=store)
     report.table("run", _derived(config, mesh, engine, plan, stream, len(file), len(held_out)))
     for note in [*notes, *([unmeasured] if unmeasured else [])]:
         report.warn(note)

@@ -1,9 +1,12 @@
 """Who owns a run directory: one run at a time, and a restarted job goes on from its own checkpoints only."""
 
+import contextlib
+import fcntl
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -194,6 +197,21 @@ def test_a_second_run_in_a_directory_is_refused_and_a_killed_one_leaves_it_free(
     train(load_config(path, ["steps=2"]))
     train(load_config(path, ["steps=3"]))  # an ended run leaves it free as well
     assert _steps(tmp_path / "run") == [1, 2, 3]
+
+
+def test_a_restarted_run_waits_for_the_end_of_its_last_attempt(tmp_path):
+    with contextlib.ExitStack() as last, (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ending = threading.Timer(0.4, fcntl.flock, (file, fcntl.LOCK_UN))
+        last.callback(ending.join)
+        ending.start()
+        with (
+            pytest.raises(ValueError, match="must hold one run at a time"),
+            run_dir.locked(tmp_path, Mesh.build(), 0.01),
+        ):
+            pytest.fail("it is held")
+        with run_dir.locked(tmp_path, Mesh.build(), 30.0):
+            pass  # without a refusal
 
 
 def _lock_twice(group, folder):

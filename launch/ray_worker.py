@@ -1,0 +1,111 @@
+"""What happens on a Ray worker: the rank is a process of its own, which the worker starts and watches.
+
+    driver  ->  Ray Train  ->  Ray worker: tend_rank  ->  python -m lasp.launch.local: train_rank  ->  train
+
+Ray calls a training function in a thread of a process that it made. A rank needs its own: signals reach it, the
+numbers of threads and the memory allocator are set before torch is loaded, and a collective that aborts does not
+take the worker along, which still has to say how its rank ended. Importing this file loads neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from lasp.launch.schema import RunConfig
+
+WORK = "lasp.launch.ray_worker:train_rank"
+PLACE, FATAL, STOP = "lasp/place/{rank}", "lasp/fatal", "lasp/stop"  # keys of the job's store
+WORKER, NODE = "LASP_RAY_WORKER", "LASP_RAY_NODE"  # in a rank's environment: its worker's number for Ray, its node
+RUN = "LASP_RUN_DIR"  # there too: what tells the ranks of two runs on one machine apart, from outside
+ENDED = "rank {rank} ended with exit code {code}"  # what Ray passes on to the driver
+_STORE_TIMEOUT = timedelta(seconds=60)
+_POLL_S = 0.25
+_TAIL = 20  # lines of a rank's last words
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this IPv4 address; None where the system does not say."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import fcntl
+
+    get_address = 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe.fileno(), get_address, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # an interface without an address
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None
+
+
+def set_environment(values: Mapping[str, str], address: str) -> None:
+    """The environment of the rank that this worker will start; traffic takes the interface of ``address``."""
+    os.environ.update(values)
+    interface = interface_of(address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def tend_rank(_: Any = None) -> None:
+    """Run this worker's rank to its end. What it writes to stderr goes to Ray's log of the worker.
+
+    Raises:
+        RuntimeError: it failed. The text says how, in the form of ``ENDED``, and repeats its last words.
+    """
+    command = [sys.executable, "-m", "lasp.launch.local"]
+    last_words = collections.deque(maxlen=_TAIL)
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+    ) as rank:
+        for line in rank.stderr:
+            sys.stderr.write(line)
+            last_words.append(line)
+        code = rank.wait()
+    if code:
+        raise RuntimeError(f"{ENDED.format(rank=os.environ['RANK'], code=code)}\n{''.join(last_words)}")
+
+
+def train_rank(config: RunConfig) -> None:
+    """Train, in the rank's process; the launcher learns of it through the job's store."""
+    from lasp.launch.rendezvous import Job
+    from lasp.launch.train import train
+    from lasp.parallel.files import explained
+
+    job = Job.from_environment()
+    store = job.store(_STORE_TIMEOUT)
+    host = socket.gethostname()
+    place = {"worker": int(os.environ[WORKER]), "node": os.environ[NODE], "host": host, "pid": os.getpid()}
+    store.set(PLACE.format(rank=job.rank), json.dumps(place))
+    if job.rank == 0:
+        threading.Thread(target=_pass_on_stop, args=(store,), daemon=True).start()
+    try:
+        train(config)
+    except (ValueError, FloatingPointError) as error:  # every restart would end here again
+        store.set(FATAL, json.dumps({"message": explained(error), "traceback": traceback.format_exc()}))
+        raise
+
+
+def _pass_on_stop(store: Store) -> None:
+    """Turn the launcher's wish to stop into a signal to this process; the training loop tells the other ranks."""
+    while not store.check([STOP]):
+        time.sleep(_POLL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
