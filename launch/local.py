@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,13 +27,13 @@ from typing import Any
 from torch.distributed import TCPStore
 
 from lasp.comm import CommError
-from lasp.launch.rendezvous import ERROR, Job, report_error, watch_keys
+from lasp.launch.rendezvous import ERROR, Job, open_store, report_error, watch_keys
 from lasp.launch.schema import RunConfig
 from lasp.parallel.files import explained
 from lasp.parallel.watchdog import last_entered, verdict
 
 TRAIN = "lasp.launch.train:train"
-_TASK = "lasp/task"  # key of the store
+TASK = "lasp/task"  # key of the store
 _STORE_TIMEOUT = timedelta(seconds=60)
 _GRACE_S = 8.0  # for the other ranks to end by themselves after one has failed
 _EXPECTED = (ValueError, FloatingPointError, OSError, CommError)  # errors whose message is the whole story
@@ -61,14 +60,14 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
     Raises:
         RankFailure: a rank failed; the others have been ended. Interrupted: a signal came before they could save.
     """
-    store = loopback_store()
-    store.set(_TASK, json.dumps({"config": config.plain(), "work": work, "arguments": arguments}))
+    store = open_store()
+    store.set(TASK, json.dumps({"config": config.plain(), "work": work, "arguments": arguments}))
     command = [sys.executable, "-m", "lasp.launch.local"]
     ranks: list[subprocess.Popen] = []
     try:
         with _forwarded_signals(ranks) as signals:
             for rank in range(num_ranks):
-                environment = {**os.environ, **_environment(rank, num_ranks, store.port)}
+                environment = {**os.environ, **rank_environment(rank, num_ranks, store.port)}
                 with _blocked(signal.SIGINT):
                     ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
             codes = _wait(ranks)
@@ -79,17 +78,7 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
     if any(codes) and signals.count:
         raise Interrupted("interrupted; not every rank could save its place. Run again: it goes on from what is saved.")
     if any(codes):
-        raise _explain(codes, store)
-
-
-def loopback_store() -> TCPStore:
-    """A store that this machine alone can reach: torch's own would listen on every network."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(1024)
-        port = listener.getsockname()[1]
-        options = {"is_master": True, "wait_for_workers": False, "timeout": _STORE_TIMEOUT}
-        return TCPStore("127.0.0.1", port, master_listen_fd=listener.detach(), **options)
+        raise explain_failure(codes, store)
 
 
 @contextlib.contextmanager
@@ -102,7 +91,7 @@ def _blocked(number: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """What torchrun would set, and what keeps a laptop's run on the laptop."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     loopback = "lo" if sys.platform.startswith("linux") else "lo0"
@@ -134,7 +123,7 @@ def _wait(ranks: list[subprocess.Popen]) -> list[int | None]:
     return [process.poll() for process in ranks]
 
 
-def _explain(codes: list[int | None], store: TCPStore) -> RankFailure:
+def explain_failure(codes: list[int | None], store: TCPStore, meeting: str = Job.meeting) -> RankFailure:
     """The cause: a rank that was killed, else the earliest error that a rank reported.
 
     An abort is not a cause: a collective aborts when another rank goes away.
@@ -144,7 +133,7 @@ def _explain(codes: list[int | None], store: TCPStore) -> RankFailure:
     if killed:
         rank, number = killed[0]
         hint = " (out of memory, perhaps)" if number == signal.SIGKILL else ""
-        found = verdict(watch_keys(store))  # what it had entered, who waits for it
+        found = verdict(watch_keys(store, meeting))  # what it had entered, who waits for it
         return RankFailure(
             f"rank {rank} was killed by {signal.Signals(number).name}{hint}; the other ranks were ended."
             + (f"\n{found}" if found else "")
@@ -153,7 +142,7 @@ def _explain(codes: list[int | None], store: TCPStore) -> RankFailure:
     reports = [json.loads(store.get(key)) for key in keys if store.check([key])]
     if not reports:
         rank, code = failed[0]
-        last = last_entered(watch_keys(store), rank)
+        last = last_entered(watch_keys(store, meeting), rank)
         where = f" The last it entered was {last}." if last else ""
         return RankFailure(f"rank {rank} ended with exit code {code} and left no report; see its output above.{where}")
     cause = min(reports, key=lambda report: report["time"])
@@ -200,7 +189,7 @@ def _child() -> None:
     job = Job.from_environment()
     store = job.store(_STORE_TIMEOUT)
     try:
-        task = json.loads(store.get(_TASK))
+        task = json.loads(store.get(TASK))
         module, _, function = task["work"].partition(":")
         work = getattr(importlib.import_module(module), function)
         work(RunConfig.model_validate(task["config"]), **task["arguments"])

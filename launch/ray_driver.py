@@ -12,27 +12,24 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Protocol
 
 from torch.distributed import TCPStore
 
-from lasp.launch import local
-from lasp.launch.local import Interrupted, RankFailure
+from lasp.launch.local import TASK, Interrupted, RankFailure, explain_failure, rank_environment
 from lasp.launch.placement import crossing_groups, largest_world, place_ranks
 from lasp.launch.ray_worker import ENDED, FATAL, PLACE, RUN, STOP, WORK
+from lasp.launch.rendezvous import ERROR, LOOPBACK, open_store
 from lasp.launch.report import Screen, show, watch
 from lasp.launch.schema import RunConfig
 
 _SETTLE_S = 15.0  # for what a lost group held to be free again, before fewer ranks are started
-_STORE_TIMEOUT = timedelta(seconds=60)
 _ENDED = re.compile(ENDED.replace("{rank}", r"(\d+)").replace("{code}", r"(-?\d+)"))
-_LOOPBACK, _ALL = "127.0.0.1", "0.0.0.0"
+_ALL = "0.0.0.0"
 _INTERRUPTED = "interrupted; not every rank could save its place. Run again: it goes on from what is saved."
 
 
@@ -78,11 +75,11 @@ class Driver:
         self._unit = config.ranks_per_sequence
         self._group_size = config.tp_size * config.cp_size
         self._own_machine = set(cluster.addresses().values()) == {cluster.own_address}
-        bind = config.ray.bind or (_LOOPBACK if self._own_machine else cluster.own_address)
+        bind = config.ray.bind or (LOOPBACK if self._own_machine else cluster.own_address)
         self._store_address = cluster.own_address if bind == _ALL else bind
-        self._store = open_store(bind, self._store_address)
+        self._store = _open_store(bind, self._store_address)
         task = {"config": config.portable(), "work": WORK, "arguments": {}}
-        self._store.set(local._TASK, json.dumps(task))
+        self._store.set(TASK, json.dumps(task))
         watch(self._store)
 
     def run(self) -> None:
@@ -103,7 +100,7 @@ class Driver:
                     continue
                 if not isinstance(error, Loss):
                     raise error
-                cause = self._cause(error, len(places))
+                cause = self._cause(error, len(places), attempt - 1)
                 waiting_since, failures = time.monotonic(), failures + 1
                 if 0 <= limit < failures:
                     raise RankFailure(
@@ -177,15 +174,15 @@ class Driver:
         Raises:
             RankFailure: with an error that no restart cures. Interrupted: a second signal came.
         """
-        environment = local._environment(0, len(places), self._store.port) | {
+        environment = rank_environment(0, len(places), self._store.port) | {
             RUN: self._config.portable()["run_dir"],
             "MASTER_ADDR": self._store_address,
             "TORCHELASTIC_RESTART_COUNT": str(attempt),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self._config.ray.cpus_per_worker)),
         }
         del environment["GLOO_SOCKET_IFNAME"]  # differs by node
-        loopback = self._store_address == _LOOPBACK
-        for key in (PLACE, local._ERROR):
+        loopback = self._store_address == LOOPBACK
+        for key in (PLACE, ERROR):
             for rank in range(len(places)):
                 self._store.delete_key(key.format(rank=rank))
         outcome: list[Exception] = []
@@ -247,7 +244,7 @@ class Driver:
                 f"(rank slots: {sizes}): their traffic crosses the network."
             )
 
-    def _cause(self, loss: Loss, world_size: int) -> RankFailure:
+    def _cause(self, loss: Loss, world_size: int, attempt: int) -> RankFailure:
         """Why an attempt ended: a lost node, a dead worker, or what the ranks have reported."""
         places, alive = self._places(world_size), self._cluster.addresses()
         gone = sorted({place["node"] for place in places.values()} - set(alive))
@@ -267,11 +264,11 @@ class Driver:
             nodes = sorted({_short(places[rank]["node"]) for rank in ranks})
             who = f"rank(s) {_ranges(ranks)} on {' and '.join(nodes)}" if ranks else "a rank"
             return RankFailure(f"the Ray worker of {who} died.", str(loss))
-        reported = any(self._store.check([local._ERROR.format(rank=rank)]) for rank in range(world_size))
+        reported = any(self._store.check([ERROR.format(rank=rank)]) for rank in range(world_size))
         if not reported and min(codes) >= 0:
             rank = min(last_words)
             return RankFailure(f"rank {rank} ended with exit code {codes[rank]}, saying: {last_words[rank]}", str(loss))
-        return local._explain(codes, self._store)
+        return explain_failure(codes, self._store, f"attempt{attempt}")
 
 
 class Signals:
@@ -293,27 +290,14 @@ class Signals:
         self.count += 1
 
 
-def open_store(bind: str, address: str) -> TCPStore:
-    """The job's store, on one address of this machine; torch's own would listen on all of them."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+def _open_store(bind: str, address: str) -> TCPStore:
     try:
-        listener.bind((bind, 0))
+        return open_store(bind, address)
     except OSError as error:
-        listener.close()
         raise ValueError(
             f"ray.bind={bind} must be an address of this machine, and it cannot be listened on: {error.strerror}. "
             "Leave it out or see `ip addr`."
         ) from error
-    listener.listen(socket.SOMAXCONN)
-    port = listener.getsockname()[1]
-    return TCPStore(
-        address,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=_STORE_TIMEOUT,
-        master_listen_fd=listener.detach(),
-    )
 
 
 def _short(node: str) -> str:

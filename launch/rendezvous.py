@@ -25,6 +25,8 @@ from lasp import comm
 from lasp.parallel.watchdog import Watchdog
 
 ERROR = "lasp/error/{rank}"  # key of a rank's report of its end
+LOOPBACK = "127.0.0.1"
+_SERVE_TIMEOUT = timedelta(seconds=60)
 _FOREIGN_S = 30.0  # a store answers at once, however busy; who does not is none
 _WATCH_TIMEOUT = timedelta(seconds=10)
 _NCCL_MARGIN = timedelta(seconds=60)
@@ -192,6 +194,23 @@ def _within(seconds: float, make: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value
+
+
+def open_store(bind: str = LOOPBACK, address: str | None = None) -> dist.TCPStore:
+    """The store of a job, for a launcher to hold: on one address of this machine; torch's own listens on all networks.
+
+    Args:
+        address: by which others reach it; None: ``bind``.
+
+    Raises:
+        OSError: ``bind`` is no address of this machine.
+    """
+    with socket.socket() as listener:
+        listener.bind((bind, 0))
+        listener.listen(socket.SOMAXCONN)
+        port = listener.getsockname()[1]
+        options = {"is_master": True, "wait_for_workers": False, "timeout": _SERVE_TIMEOUT}
+        return dist.TCPStore(address or bind, port, master_listen_fd=listener.detach(), **options)
 
 
 def choose_device(device: str, job: Job) -> torch.device:

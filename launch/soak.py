@@ -27,9 +27,10 @@ from typing import Any
 
 import click
 
+from lasp.launch.rendezvous import LOOPBACK, open_store
 from lasp.launch.report import METRICS, read_metrics
 from lasp.launch.schema import RunConfig, load_config
-from lasp.launch.torchrun import children, descendants, job_shape, kill_tree, loopback_store, node_command
+from lasp.launch.torchrun import children, descendants, job_shape, kill_tree, node_command
 
 TOLERANCE = 1e-5  # between steps on different numbers of ranks
 _LIMIT_S = 600.0  # for a job to start, to go on after a kill, to end
@@ -271,12 +272,12 @@ def compare(expected: dict[int, dict], actual: dict[int, dict], ranks: int, tall
 @contextlib.contextmanager
 def torchrun_job(config: RunConfig, path: str, overrides: Sequence[str], nodes: int, log: Path) -> Iterator[Job]:
     """A job under torchrun while the block runs; with several nodes it goes on with fewer."""
-    with loopback_store() as endpoint:
-        job = TorchrunJob(config, [path, *overrides], endpoint, log)
-        try:
-            yield job
-        finally:
-            job.end()
+    store = open_store()
+    job = TorchrunJob(config, [path, *overrides], f"{LOOPBACK}:{store.port}", log)
+    try:
+        yield job
+    finally:
+        job.end()
 
 
 @contextlib.contextmanager

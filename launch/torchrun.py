@@ -26,21 +26,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
-
 from lasp.launch.local import Interrupted, RankFailure
-from lasp.launch.rendezvous import STORE
+from lasp.launch.rendezvous import LOOPBACK, STORE, open_store
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import RunConfig
 from lasp.parallel import checkpoint as checkpoints
 
 MODULE = "lasp.launch.cli"
-_STORE_TIMEOUT = timedelta(seconds=60)
 _POLL_S = 0.1
 
 
@@ -235,13 +231,14 @@ def run_node(config: RunConfig, arguments: Sequence[str], work: str = "train") -
     """
     job_shape(config)
     asked = _checked_endpoint(config)
-    with contextlib.ExitStack() as stack:
-        endpoint = asked or stack.enter_context(loopback_store())
-        is_host = False if asked is None else config.torchrun.is_host
-        command = node_command(config, arguments, endpoint=endpoint, is_host=is_host, work=work)
-        print(f"+ {command}", flush=True)
-        agent = _Agent(command)
-        code = agent.wait()
+    store = open_store() if asked is None else None  # this machine alone meets there
+    endpoint = asked or f"{LOOPBACK}:{store.port}"
+    is_host = False if asked is None else config.torchrun.is_host
+    command = node_command(config, arguments, endpoint=endpoint, is_host=is_host, work=work)
+    print(f"+ {command}", flush=True)
+    agent = _Agent(command)
+    code = agent.wait()
+    del store
     if code == 0 or (agent.signals and has_saved(config.run_dir)):
         return
     if agent.signals:
@@ -287,25 +284,6 @@ def has_saved(run_dir: Path) -> bool:
     saved = checkpoints.list_checkpoints(run_dir / "checkpoints")
     records = read_metrics(run_dir)
     return bool(saved) and checkpoints.step_of(saved[-1]) >= max((record["step"] for record in records), default=0)
-
-
-@contextlib.contextmanager
-def loopback_store() -> Iterator[str]:
-    """A store in this process that no other machine can reach; its HOST:PORT."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(1024)
-        port = listener.getsockname()[1]
-        store = TCPStore(
-            "127.0.0.1",
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=_STORE_TIMEOUT,
-            master_listen_fd=os.dup(listener.fileno()),  # which the store then owns
-        )
-        yield f"127.0.0.1:{port}"
-        del store
 
 
 class _Agent:

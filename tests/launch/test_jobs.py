@@ -17,8 +17,7 @@ from torch.distributed import TCPStore
 from lasp.comm import CommError
 from lasp.launch import run_dir
 from lasp.launch.cli import main
-from lasp.launch.local import loopback_store
-from lasp.launch.rendezvous import Job, process_group
+from lasp.launch.rendezvous import Job, open_store, process_group
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
 from lasp.launch.train import train
@@ -165,7 +164,7 @@ def test_a_server_that_is_no_store_is_refused():
 
 
 def test_the_local_launchers_store_is_out_of_reach_of_other_machines():
-    store = loopback_store()
+    store = open_store()
     tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
     sockets = [line.split()[1:4] for table in tables for line in table]
     listening = [local for local, _, state in sockets if state == "0A" and local.endswith(f":{store.port:04X}")]

@@ -20,7 +20,7 @@ from torch.distributed import TCPStore
 
 from lasp.launch.local import Interrupted, RankFailure, run_local
 from lasp.launch.placement import Seat, crossing_groups, largest_world, place_ranks, rank_environments
-from lasp.launch.ray_driver import Driver, Loss, NotStarted, open_store
+from lasp.launch.ray_driver import Driver, Loss, NotStarted, _open_store
 from lasp.launch.ray_train import run_ray
 from lasp.launch.ray_worker import FATAL, PLACE, RUN, STOP
 from lasp.launch.report import Report, Screen, read_metrics, show, watch
@@ -309,11 +309,11 @@ def test_a_first_rank_sends_what_its_launcher_shows(tmp_path, capsys):
 
 
 def test_the_store_listens_where_it_is_told(tmp_path):
-    store = open_store("127.0.0.1", "127.0.0.1")
+    store = _open_store("127.0.0.1", "127.0.0.1")
     with pytest.raises(OSError), socket.create_connection(("127.0.0.2", store.port), timeout=2):
         pass
     with pytest.raises(ValueError, match=r"ray\.bind=203\.0\.113\.9 must be an address of this machine"):
-        open_store("203.0.113.9", "203.0.113.9")
+        _open_store("203.0.113.9", "203.0.113.9")
 
 
 @contextmanager

@@ -209,16 +209,6 @@ def test_ranks_whose_nodes_count_restarts_differently_meet_under_one_name():
         Job.from_environment(job | {"LASP_STORE": "node1"})
 
 
-def test_a_store_for_one_machine_is_on_its_loopback_address():
-    with torchrun.loopback_store() as endpoint:
-        address = f":{int(endpoint.rpartition(':')[2]):04X}"
-        sockets = [
-            line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()
-        ]
-        listening = [fields[1] for fields in sockets if fields[3] == "0A" and fields[1].endswith(address)]
-        assert listening == [f"0100007F{address}"]
-
-
 @pytest.mark.parametrize(
     ("stand_in", "error", "message"),
     [
