@@ -34,7 +34,8 @@ test-gpu: setup
 
 # twenty kills of ranks and of simulated nodes; minutes
 soak: setup
-	$(BIN)/python -m lasp.launch.soak configs/soak.yaml --launcher torchrun --nodes 2 --kills 20
+	$(BIN)/python -m lasp.launch.soak configs/soak.yaml run_dir=runs/soak_torchrun --launcher torchrun --nodes 2 --kills 20
+	$(BIN)/python -m lasp.launch.soak configs/soak.yaml run_dir=runs/soak_ray --launcher ray --nodes 2 --kills 20
 
 bench: setup
 	$(BIN)/python benchmarks/chunked.py --json benchmarks/results/chunked_cpu.json

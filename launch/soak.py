@@ -2,9 +2,9 @@
 
     python -m lasp.launch.soak CONFIG [KEY=VALUE]... --launcher torchrun --kills 20 --nodes 2
 
-Nodes are simulated: one torchrun agent each, on this machine. A kill -9 takes a rank, or with several nodes now and
-then a whole node, which comes back after the others have gone on without it. The store at which the agents meet is
-this process's, since the node that holds it must not be lost. Every step is compared with an uninterrupted run:
+Nodes are simulated on this machine: one torchrun agent each, or one Ray node each beside a head. A kill -9 takes a
+rank, or with several nodes now and then a whole node, which comes back after the others have gone on without it (under
+Ray a rank is killed then, since Ray takes nodes back at a restart). Every step is compared with an uninterrupted run:
 equal bits while all steps so far ran on as many ranks, a relative 1e-5 from the first step on that did not. Training
 amplifies rounding, so the latter wants dtype=float64.
 """
@@ -18,8 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,15 +26,13 @@ from typing import Any
 
 import click
 
-from lasp.launch.rendezvous import LOOPBACK, open_store
 from lasp.launch.report import METRICS, read_metrics
-from lasp.launch.schema import RunConfig, load_config
-from lasp.launch.torchrun import children, descendants, job_shape, kill_tree, node_command
+from lasp.launch.schema import load_config
+from lasp.launch.soak_jobs import Job, RayJob, TorchrunJob
 
 TOLERANCE = 1e-5  # between steps on different numbers of ranks
 _LIMIT_S = 600.0  # for a job to start, to go on after a kill, to end
 _NODE_SHARE = 0.25  # of the kills, where there are several nodes
-_SOON = {"last_call_timeout": 3, "keep_alive_interval": 1, "keep_alive_max_attempt": 5}  # a lost node is missed in 5 s
 
 
 @dataclass
@@ -50,107 +47,6 @@ class Tally:
     within_tolerance: int = 0
     largest_difference: float = 0.0
     failures: list[str] = field(default_factory=list)
-
-
-class Job(ABC):
-    """A running job whose processes can be killed."""
-
-    @abstractmethod
-    def nodes(self) -> list[list[int]]:
-        """The ranks of each node, by process number; an empty list for a node that is gone."""
-
-    @abstractmethod
-    def kill_node(self, node: int) -> None:
-        """Take a node away, with all that runs on it."""
-
-    @abstractmethod
-    def start_node(self, node: int) -> None:
-        """Bring a node back."""
-
-    @abstractmethod
-    def exit_codes(self) -> list[int | None]:
-        """Of the processes that stand for the job; None while they run."""
-
-    @abstractmethod
-    def end(self) -> None:
-        """Leave nothing behind."""
-
-
-class TorchrunJob(Job):
-    """One agent of torch.distributed.run per node, all on this machine."""
-
-    def __init__(self, config: RunConfig, arguments: Sequence[str], endpoint: str, log: Path):
-        self._command = node_command(config, arguments, endpoint=endpoint, is_host=False, rendezvous=_SOON)
-        self._log = log.open("w")
-        self._agents: list[subprocess.Popen] = [self._start() for _ in range(job_shape(config).max_nodes)]
-
-    def nodes(self) -> list[list[int]]:
-        """See :meth:`Job.nodes`."""
-        return [children(agent.pid) if agent.poll() is None else [] for agent in self._agents]
-
-    def kill_node(self, node: int) -> None:
-        """See :meth:`Job.kill_node`."""
-        kill_tree(self._agents[node].pid)
-        self._agents[node].wait()
-
-    def start_node(self, node: int) -> None:
-        """See :meth:`Job.start_node`."""
-        self._agents[node] = self._start()
-
-    def exit_codes(self) -> list[int | None]:
-        """See :meth:`Job.exit_codes`."""
-        return [agent.poll() for agent in self._agents]
-
-    def end(self) -> None:
-        """See :meth:`Job.end`."""
-        for agent in self._agents:
-            if agent.poll() is None:
-                kill_tree(agent.pid)
-            agent.wait()
-        self._log.close()
-
-    def _start(self) -> subprocess.Popen:
-        environment = {**os.environ, **self._command.environment}
-        return subprocess.Popen(
-            self._command.arguments, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-
-class RayJob(Job):
-    """``lasp train launcher=ray`` with a Ray of its own: one node."""
-
-    def __init__(self, arguments: Sequence[str], log: Path):
-        self._log = log.open("w")
-        command = [sys.executable, "-m", "lasp.launch.cli", "train", *arguments]
-        self._driver = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
-
-    def nodes(self) -> list[list[int]]:
-        """See :meth:`Job.nodes`; a rank is a process that Ray's worker has started."""
-        return [[pid for pid in descendants(self._driver.pid) if "lasp.launch.local" in _command_line(pid)]]
-
-    def kill_node(self, node: int) -> None:
-        """See :meth:`Job.kill_node`. The only node is the job."""
-        raise NotImplementedError
-
-    start_node = kill_node
-
-    def exit_codes(self) -> list[int | None]:
-        """See :meth:`Job.exit_codes`."""
-        return [self._driver.poll()]
-
-    def end(self) -> None:
-        """See :meth:`Job.end`."""
-        if self._driver.poll() is None:
-            kill_tree(self._driver.pid)
-        self._driver.wait()
-        self._log.close()
-
-
-def _command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
 
 
 class Curve:
@@ -206,6 +102,9 @@ def torment(job: Job, curve: Curve, kills: int, full: Sequence[int], chance: ran
             _await_recovery(job, curve, rest, everyone, now)
             everyone, now = {pid for ranks in job.nodes() for pid in ranks}, time.time_ns()
             job.start_node(victim)
+            if not job.takes_back:
+                os.kill(chance.choice(sorted(everyone)), signal.SIGKILL)
+                tally.kills_of_ranks += 1
         else:
             victim = chance.choice(sorted(everyone))
             click.echo(f"kill {kill + 1}/{kills}: a rank after step {curve.last()['step']}")
@@ -269,33 +168,12 @@ def compare(expected: dict[int, dict], actual: dict[int, dict], ranks: int, tall
         tally.equal_bits += not changed
 
 
-@contextlib.contextmanager
-def torchrun_job(config: RunConfig, path: str, overrides: Sequence[str], nodes: int, log: Path) -> Iterator[Job]:
-    """A job under torchrun while the block runs; with several nodes it goes on with fewer."""
-    store = open_store()
-    job = TorchrunJob(config, [path, *overrides], f"{LOOPBACK}:{store.port}", log)
-    try:
-        yield job
-    finally:
-        job.end()
-
-
-@contextlib.contextmanager
-def ray_job(config: RunConfig, path: str, overrides: Sequence[str], nodes: int, log: Path) -> Iterator[Job]:
-    """A job under Ray while the block runs."""
-    job = RayJob([path, *overrides], log)
-    try:
-        yield job
-    finally:
-        job.end()
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--launcher", type=click.Choice(["torchrun", "ray"]), default="torchrun", show_default=True)
 @click.option("--kills", type=click.IntRange(1), default=20, show_default=True)
-@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Simulated, with torchrun.")
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Simulated on this machine.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the kills.")
 def main(config: str, overrides: tuple[str, ...], launcher: str, kills: int, nodes: int, seed: int) -> None:
     """Train as CONFIG says, uninterrupted and again with ranks killed at random; exit 1 unless the curves agree."""
@@ -305,8 +183,6 @@ def main(config: str, overrides: tuple[str, ...], launcher: str, kills: int, nod
     for folder in (calm, killed):
         if folder.exists():
             raise click.ClickException(f"{folder} exists. Remove it, or choose another run_dir=.")
-    if launcher == "ray" and nodes > 1:
-        raise click.ClickException("--nodes simulates nodes with torchrun only. Leave it out.")
     ranks = base.tp_size * base.pp_size * base.cp_size * (base.dp_size or 1)
     full = [ranks // nodes] * nodes
     if ranks % nodes:
@@ -318,17 +194,19 @@ def main(config: str, overrides: tuple[str, ...], launcher: str, kills: int, nod
     subprocess.run([*command, f"run_dir={calm}"], check=True, stdout=subprocess.DEVNULL)
 
     tally, log = Tally(), base.run_dir / "killed.log"
-    more = [*own, *quiet, f"run_dir={killed}", f"launcher={launcher}"]
+    more = [*own, *quiet, f"run_dir={killed}", f"launcher={launcher}", "dp_size=null"]  # it follows from the nodes
     if launcher == "torchrun":
-        more += ["dp_size=null"]  # follows from the nodes that are there
         more += [f"torchrun.nodes={f'1:{nodes}' if nodes > 1 else 1}", f"torchrun.ranks_per_node={full[0]}"]
         more += [f"torchrun.max_restarts={4 * kills + 8}", f"torchrun.job_id=soak-{os.getpid()}"]
     else:
         more += ["ray.max_failures=-1"]
-    opened = torchrun_job if launcher == "torchrun" else ray_job
-    curve = Curve(killed)
+    killed_config, curve = load_config(config, more), Curve(killed)
     try:
-        with opened(load_config(config, more), config, more, nodes, log) as job:
+        if launcher == "torchrun":
+            job = TorchrunJob(killed_config, [config, *more], log)
+        else:
+            job = RayJob([config, *more], nodes, full[0], log)
+        with contextlib.closing(job):
             torment(job, curve, kills, full, random.Random(seed), tally)
             click.echo("no more kills; waiting for the end")
             _await_end(job)

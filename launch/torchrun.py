@@ -13,7 +13,6 @@ loopback address only; a signal asks the ranks to save, and a job that saved has
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import math
 import os
@@ -24,13 +23,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lasp.launch.local import Interrupted, RankFailure
+from lasp.launch.processes import children, ending_with_parent, kill_tree, send
 from lasp.launch.rendezvous import LOOPBACK, STORE, open_store
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import RunConfig
@@ -298,7 +298,7 @@ class _Agent:
             env=environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_ending_with_parent(),  # noqa: PLW1509  all it does is one system call
+            preexec_fn=ending_with_parent(),  # noqa: PLW1509  all it does is one system call
         )
 
     def wait(self) -> int:
@@ -316,10 +316,10 @@ class _Agent:
                     # The ranks save and succeed, then so does the agent, without a limit on the time it takes.
                     asked = ranks
                     for pid in ranks or {self.process.pid}:
-                        _send(pid, signal.SIGTERM)
+                        send(pid, signal.SIGTERM)
                 elif asked and ranks - asked:  # one failed, and the agent has started them again
                     asked = set()
-                    _send(self.process.pid, signal.SIGTERM)
+                    send(self.process.pid, signal.SIGTERM)
                 time.sleep(_POLL_S)
         return self.process.returncode
 
@@ -339,40 +339,3 @@ class _Agent:
                 self.process.wait()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def children(pid: int) -> list[int]:
-    """The processes that ``pid`` has started and that still run; none where there is no /proc."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == pid and state != "Z":
-                found.append(int(entry.parent.name))
-    return sorted(found)
-
-
-def descendants(pid: int) -> list[int]:
-    """:func:`children`, and theirs, and so on."""
-    return [found for child in children(pid) for found in (child, *descendants(child))]
-
-
-def kill_tree(pid: int) -> None:
-    """Kill a process and all that it has started, parents first, so that nothing is started again."""
-    below = children(pid)
-    _send(pid, signal.SIGKILL)
-    for child in below:
-        kill_tree(child)
-
-
-def _send(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _ending_with_parent() -> Callable[[], Any] | None:
-    """What a new process calls so that the system ends it when the one that started it is gone; None if it cannot."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl, pr_set_pdeathsig = ctypes.CDLL(None).prctl, 1
-    return lambda: prctl(pr_set_pdeathsig, signal.SIGTERM)

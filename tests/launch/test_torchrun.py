@@ -45,7 +45,7 @@ if [ "$1 $2" = "show hostnames" ]; then echo localhost; echo other; else echo "s
 SCANCEL = """#!{python}
 import os, signal, sys
 sys.path.insert(0, "{root}")
-from lasp.launch.torchrun import children
+from lasp.launch.processes import children
 assert sys.argv[1] == "--signal=TERM", sys.argv
 def tree(pid):
     return [pid, *(inner for child in children(pid) for inner in tree(child))]

@@ -10,9 +10,10 @@ import time
 
 import pytest
 
+from lasp.launch.processes import children, kill_tree
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import RunConfig, load_config
-from lasp.launch.torchrun import children, has_saved, kill_tree
+from lasp.launch.torchrun import has_saved
 from lasp.launch.train import train
 from tests.launch.helpers import tiny_yaml
 from tests.launch.test_cli import COMMAND
