@@ -22,11 +22,12 @@ from torch.distributed import TCPStore
 
 from lasp.launch.local import TASK, Interrupted, RankFailure, explain_failure, rank_environment
 from lasp.launch.placement import crossing_groups, largest_world, place_ranks
-from lasp.launch.ray_worker import ENDED, FATAL, PLACE, RUN, STOP, WORK
+from lasp.launch.ray_worker import END, ENDED, FATAL, PLACE, RUN, STOP, WORK
 from lasp.launch.rendezvous import ERROR, LOOPBACK, open_store
 from lasp.launch.report import Screen, show, watch
 from lasp.launch.schema import RunConfig
 
+_END_S = 60.0  # for an attempt whose ranks end themselves
 _SETTLE_S = 15.0  # for what a lost group held to be free again, before fewer ranks are started
 _ENDED = re.compile(ENDED.replace("{rank}", r"(\d+)").replace("{code}", r"(-?\d+)"))
 _ALL = "0.0.0.0"
@@ -74,8 +75,13 @@ class Driver:
         self._screen = Screen(config)
         self._unit = config.ranks_per_sequence
         self._group_size = config.tp_size * config.cp_size
-        self._own_machine = set(cluster.addresses().values()) == {cluster.own_address}
-        bind = config.ray.bind or (LOOPBACK if self._own_machine else cluster.own_address)
+        own_machine = set(cluster.addresses().values()) == {cluster.own_address}
+        bind = config.ray.bind or (LOOPBACK if own_machine else cluster.own_address)
+        if bind.startswith("127.") and not own_machine:
+            raise ValueError(
+                f"ray.bind={bind} must be an address that the cluster's other machines reach, like "
+                f"{cluster.own_address}. Set it to that, or leave it out."
+            )
         self._store_address = cluster.own_address if bind == _ALL else bind
         self._store = _open_store(bind, self._store_address)
         task = {"config": config.portable(), "work": WORK, "arguments": {}}
@@ -89,7 +95,7 @@ class Driver:
         waiting_since, limit = time.monotonic(), self._config.ray.max_failures
         try:
             while True:
-                places = self._await_places(waiting_since, first=attempt == 0)
+                places = self._await_places(waiting_since, first=failures == 0)
                 error = self._fit(places, attempt)
                 if error is None:
                     return
@@ -206,17 +212,24 @@ class Driver:
             show(self._store, self._screen)
             if self._store.check([FATAL]):
                 fatal = json.loads(self._store.get(FATAL))
+                self._end(thread)
                 raise RankFailure(fatal["message"], fatal["traceback"])
             if not running:
                 return
             if self._signals.count == 1 and not self._store.check([STOP]):
                 self._store.set(STOP, "")
             if self._signals.count > 1:
+                self._end(thread)
                 raise Interrupted(_INTERRUPTED)
             if not places_told and len(places := self._places(world_size)) == world_size:
                 self._tell_places([places[rank]["node"] for rank in range(world_size)])
                 places_told = True
             time.sleep(0.1)
+
+    def _end(self, thread: threading.Thread) -> None:
+        """Have every rank end now, and wait for the attempt: Ray may crash if it is left while a thread waits in it."""
+        self._store.set(END, "")
+        thread.join(_END_S)
 
     def _refuse_to_go_on(self) -> None:
         if self._signals.count:

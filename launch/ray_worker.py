@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from lasp.launch.schema import RunConfig
 
 WORK = "lasp.launch.ray_worker:train_rank"
-PLACE, FATAL, STOP = "lasp/place/{rank}", "lasp/fatal", "lasp/stop"  # keys of the job's store
+PLACE, FATAL = "lasp/place/{rank}", "lasp/fatal"  # keys of the job's store: what ranks say
+STOP, END = "lasp/stop", "lasp/end"  # what they are told: to save and stop, to end at once
 WORKER, NODE = "LASP_RAY_WORKER", "LASP_RAY_NODE"  # in a rank's environment: its worker's number for Ray, its node
 RUN = "LASP_RUN_DIR"  # there too: what tells the ranks of two runs on one machine apart, from outside
 ENDED = "rank {rank} ended with exit code {code}"  # what Ray passes on to the driver
@@ -95,8 +96,7 @@ def train_rank(config: RunConfig) -> None:
     host = socket.gethostname()
     place = {"worker": int(os.environ[WORKER]), "node": os.environ[NODE], "host": host, "pid": os.getpid()}
     store.set(PLACE.format(rank=job.rank), json.dumps(place))
-    if job.rank == 0:
-        threading.Thread(target=_pass_on_stop, args=(store,), daemon=True).start()
+    threading.Thread(target=_obey, args=(store, job.rank), daemon=True).start()
     try:
         train(config)
     except (ValueError, FloatingPointError) as error:  # every restart would end here again
@@ -104,8 +104,12 @@ def train_rank(config: RunConfig) -> None:
         raise
 
 
-def _pass_on_stop(store: Store) -> None:
-    """Turn the launcher's wish to stop into a signal to this process; the training loop tells the other ranks."""
-    while not store.check([STOP]):
-        time.sleep(_POLL_S)
-    os.kill(os.getpid(), signal.SIGTERM)
+def _obey(store: Store, rank: int) -> None:
+    """Do as the launcher says. To stop, a signal to the first rank is enough: its training loop tells the others."""
+    stopping = False
+    while not store.check([END]):
+        if rank == 0 and not stopping and store.check([STOP]):
+            stopping = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_POLL_S if rank == 0 else 4 * _POLL_S)
+    os._exit(1)

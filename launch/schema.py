@@ -166,8 +166,9 @@ class RunConfig(Section):
         ray = self.ray
         if self.launcher != "ray":
             if ray != RayConfig():
+                changed = ", ".join(f"{key}={value}" for key, value in ray.model_dump(exclude_defaults=True).items())
                 raise ValueError(
-                    f"ray={ray} has no effect with launcher={self.launcher}: set launcher=ray, or leave ray out."
+                    f"ray: {changed} has no effect with launcher={self.launcher}: set launcher=ray, or leave ray out."
                 )
             return
         if ray.num_workers is not None:

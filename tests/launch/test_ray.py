@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,7 +21,7 @@ from lasp.launch.local import Interrupted, RankFailure, run_local
 from lasp.launch.placement import Seat, crossing_groups, largest_world, place_ranks, rank_environments
 from lasp.launch.ray_driver import Driver, Loss, NotStarted, _open_store
 from lasp.launch.ray_train import run_ray
-from lasp.launch.ray_worker import FATAL, PLACE, RUN, STOP
+from lasp.launch.ray_worker import END, FATAL, PLACE, RUN, STOP
 from lasp.launch.report import Report, Screen, read_metrics, show, watch
 from tests.launch.helpers import tiny_config, tiny_yaml
 
@@ -120,6 +119,13 @@ def test_a_busy_cluster_starts_fewer_ranks_and_a_fixed_shape_waits(tmp_path):
         drive(FakeCluster({"a": 1}), tmp_path, "ray.wait_s=0.5")
 
 
+def test_a_store_that_other_machines_cannot_reach_is_refused(tmp_path):
+    cluster = FakeCluster({"a": 4, "b": 4})
+    cluster.addresses = lambda: {"a": "10.0.0.1", "b": "10.0.0.2"}
+    with pytest.raises(ValueError, match=r"ray\.bind=127\.0\.0\.1 must be .* other machines reach, like 10\.0\.0\.1\."):
+        drive(cluster, tmp_path, "ray.bind=127.0.0.1")
+
+
 def report(rank, time, message):
     return lambda store: store.set(
         f"lasp/error/{rank}",
@@ -170,22 +176,27 @@ def test_a_group_that_does_not_come_up_is_started_again_unless_that_is_in_vain(t
         drive(FakeCluster({"a": 2}, late), tmp_path, "ray.wait_s=0.001")
 
 
-def test_the_end_does_not_wait_for_an_attempt_that_hangs(tmp_path):
-    never = threading.Event()
+def hangs_until_told(store, seen):
+    store.wait([END], timedelta(seconds=30))
+    time.sleep(0.3)  # Ray takes its time too
+    seen.append(END)
+    raise Loss({0: "rank 0 ended with exit code 1"})
+
+
+def test_an_error_that_no_restart_cures_ends_an_attempt_that_hangs(tmp_path):
+    seen = []
 
     def fatal(store, cluster):
         store.set(FATAL, json.dumps({"message": "no data.", "traceback": "where"}))
-        never.wait(60)
+        hangs_until_told(store, seen)
 
     with pytest.raises(RankFailure, match=r"^no data\.$") as failure:
         drive(FakeCluster({"a": 2}, fatal), tmp_path)
-    assert failure.value.details == "where"
-    never.set()
+    assert failure.value.details == "where" and seen == [END]
 
 
-def test_a_signal_reaches_the_ranks_and_a_second_one_does_not_wait(tmp_path):
-    config, never = tiny_config(tmp_path, "launcher=ray"), threading.Event()
-    signals, seen = SimpleNamespace(count=0), []
+def test_a_signal_reaches_the_ranks_and_a_second_one_ends_them(tmp_path):
+    config, signals, seen = tiny_config(tmp_path, "launcher=ray"), SimpleNamespace(count=0), []
 
     def stops(store, cluster):
         signals.count = 1
@@ -194,7 +205,7 @@ def test_a_signal_reaches_the_ranks_and_a_second_one_does_not_wait(tmp_path):
 
     def hangs(store, cluster):
         signals.count = 2
-        never.wait(60)
+        hangs_until_told(store, seen)
 
     def dies(store, cluster):
         signals.count = 1
@@ -206,7 +217,7 @@ def test_a_signal_reaches_the_ranks_and_a_second_one_does_not_wait(tmp_path):
         signals.count = 0
         with pytest.raises(Interrupted, match="Run again: it goes on from what is saved"):
             Driver(config, FakeCluster({"a": 1}, end), signals).run()
-    never.set()
+    assert seen == [STOP, END]
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ WRONG = {
     "backend=other": "backend should be 'native' or 'megatron', got 'other'",
     "megatron.virtual_stages=1": "megatron.virtual_stages should be greater than or equal to 2, got 1",
     "megatron.distributed_optimizer=false": "has no effect with backend=native: set backend=megatron",
-    "ray.num_workers=2": "has no effect with launcher=local: set launcher=ray, or leave ray out",
+    "ray.num_workers=2": "ray: num_workers=2 has no effect with launcher=local: set launcher=ray, or leave ray out",
     "ray.address=ray://head:10001": "ray.address: must be auto or the HOST:PORT of a cluster's head, got 'ray://head",
     "ray.max_failures=-2": "ray.max_failures should be greater than or equal to -1, got -2",
     "ray.gpus_per_worker=2": "ray.gpus_per_worker should be less than or equal to 1, got 2",
