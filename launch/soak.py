@@ -6,7 +6,7 @@ Nodes are simulated: one torchrun agent each, on this machine. A kill -9 takes a
 then a whole node, which comes back after the others have gone on without it. The store at which the agents meet is
 this process's, since the node that holds it must not be lost. Every step is compared with an uninterrupted run:
 equal bits while all steps so far ran on as many ranks, a relative 1e-5 from the first step on that did not. Training
-amplifies rounding, so the latter wants dtype=float64.
+amplifies rounding, so the latter wants dtype=float64 and a model that learns gently, as configs/soak.yaml has.
 """
 
 from __future__ import annotations
