@@ -6,7 +6,7 @@ Nodes are simulated on this machine: one torchrun agent each, or one Ray node ea
 rank, or with several nodes now and then a whole node, which comes back after the others have gone on without it (under
 Ray a rank is killed then, since Ray takes nodes back at a restart). Every step is compared with an uninterrupted run:
 equal bits while all steps so far ran on as many ranks, a relative 1e-5 from the first step on that did not. Training
-amplifies rounding, so the latter wants dtype=float64.
+amplifies rounding, so the latter wants dtype=float64 and a model that learns gently, as configs/soak.yaml has.
 """
 
 from __future__ import annotations
