@@ -1,6 +1,6 @@
 """A thread in every rank that knows which collective the rank is in, and says why when one does not end.
 
-It has a connection of its own to the job's store. A few times a second it writes down the newest collective that this
+It has a connection of its own to the job's store. Twice a second it writes down the newest collective that this
 rank has entered, so that others can say where it was if it dies, and looks whether anybody has asked a question. The
 rank whose wait fails asks: all ranks answer with what they have entered and the stacks of their Python threads, also
 for ranks beside them that cannot answer any more (lasp.parallel.recorder); who still is silent is dead or stuck. From
@@ -29,6 +29,7 @@ from lasp import comm
 from lasp.hangs import Report, Wait, explain, missing_ranks
 from lasp.parallel.recorder import Neighbour, Recorder
 
+_INTERVAL_S = 0.5  # between two looks
 _SILENCE_S = 3.0  # a rank that has not answered by then is dead or stuck
 _LINGER_S = 2.0  # after the limit, or a verdict, the main thread may raise its own error before this one ends it
 _FRAMES = 12
@@ -71,7 +72,6 @@ class Watchdog(comm.Observer):
     ):
         self._store, self._rank, self._world_size = store, rank, world_size
         self._limit_s, self._end, self._store_host = limit_s, end, store_host
-        self._interval_s = min(0.5, max(0.1, world_size / 400))  # seconds between two looks; the store serves all ranks
         self._host = socket.gethostname()
         self._recorder, self._neighbours = Recorder(), {}
         self._unknown = set(neighbours) - {rank}
@@ -95,7 +95,7 @@ class Watchdog(comm.Observer):
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.detach()
         self._stop.set()
-        self._thread.join(2 * self._interval_s)
+        self._thread.join(2 * _INTERVAL_S)
         what = "" if error is None else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         try:
             self._publish(ended=what)
@@ -132,7 +132,7 @@ class Watchdog(comm.Observer):
     # What the watchdog's thread does.
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval_s):
+        while not self._stop.wait(_INTERVAL_S):
             try:
                 self._look()
             except RuntimeError:  # the store is gone: the ranks that wait will find out, and say so
