@@ -12,7 +12,7 @@ import pytest
 
 from lasp.launch.processes import children, kill_tree
 from lasp.launch.report import read_metrics
-from lasp.launch.schema import RunConfig, load_config
+from lasp.launch.schema import load_config
 from lasp.launch.torchrun import has_saved
 from lasp.launch.train import train
 from tests.launch.helpers import tiny_yaml
@@ -153,8 +153,6 @@ def test_two_hosts_are_examined_and_a_signal_to_one_saves_on_both(tmp_path, host
 @pytest.mark.timeout(600)
 def test_two_hosts_of_a_ray_cluster_train_like_one(tmp_path, hosts):
     pytest.importorskip("ray")
-    if "ray" not in RunConfig.model_fields:
-        pytest.skip("launcher=ray is not built")
     path, run = str(tiny_yaml(tmp_path)), tmp_path / "run"
     (head, address, _), (other, second, _) = hosts
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2"]
