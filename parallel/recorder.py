@@ -15,10 +15,10 @@ _SLOTS, _WIDTH = 512, 160  # bytes per slot
 
 
 class Recorder:
-    """This rank's ring. ``address`` is what neighbours need to read it; None where the system cannot share it."""
+    """This rank's ring. ``address`` is what neighbours need to read it; of no machine where it cannot be shared."""
 
     def __init__(self) -> None:
-        self.address: str | None = None
+        self.address = "none 0 0"
         self._count = 0
         if not hasattr(os, "memfd_create"):
             self._ring = mmap.mmap(-1, _SLOTS * _WIDTH)

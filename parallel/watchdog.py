@@ -29,7 +29,7 @@ from lasp import comm
 from lasp.hangs import Report, Wait, explain, missing_ranks
 from lasp.parallel.recorder import Neighbour, Recorder
 
-_INTERVAL_S = 0.5  # between two looks
+_INTERVAL_S, _FIRST_S = 0.5, 0.05  # between two looks; until all neighbours are known
 _SILENCE_S = 3.0  # a rank that has not answered by then is dead or stuck
 _LINGER_S = 2.0  # after the limit, or a verdict, the main thread may raise its own error before this one ends it
 _FRAMES = 12
@@ -85,8 +85,7 @@ class Watchdog(comm.Observer):
         self._thread = threading.Thread(target=self._run, name="lasp-watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if self._recorder.address is not None:
-            self._store.set(f"recorder/{self._rank}", self._recorder.address)
+        self._store.set(f"recorder/{self._rank}", self._recorder.address)
         self._publish()
         self.attach()
         self._thread.start()
@@ -132,7 +131,7 @@ class Watchdog(comm.Observer):
     # What the watchdog's thread does.
 
     def _run(self) -> None:
-        while not self._stop.wait(_INTERVAL_S):
+        while not self._stop.wait(_FIRST_S if self._unknown else _INTERVAL_S):
             try:
                 self._look()
             except RuntimeError:  # the store is gone: the ranks that wait will find out, and say so
