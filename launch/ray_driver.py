@@ -115,7 +115,8 @@ class Driver:
                         cause.details,
                     )
                 of = "" if limit < 0 else f" of at most {limit}"
-                self._screen.warn(f"{cause} Restart {failures}{of}, from the last checkpoint.")
+                gap = "\n" if "\n" in str(cause) else " "
+                self._screen.warn(f"{cause}{gap}Restart {failures}{of}, from the last checkpoint.")
         finally:
             self._screen.end()
 

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from lasp import comm
 from lasp.config import MixerConfig, ModelConfig
 from lasp.context import CPContext
 from lasp.features import init_normal
@@ -115,15 +116,20 @@ class _CoreAttention(MegatronModule):
         length = query.shape[0]
         if thd:
             cp = self.contexts.of_packed(packed_seq_params, length, self.cp_group)
-            return self._attend(*(x.unsqueeze(0) for x in (query, key, value)), cp).squeeze(0)
+            return self._in_layer(*(x.unsqueeze(0) for x in (query, key, value)), cp).squeeze(0)
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         if packed_seq_params is None:
             cp = self.contexts.of_length(length, self.cp_group)
-            return self._attend(query, key, value, cp).transpose(0, 1).contiguous()
+            return self._in_layer(query, key, value, cp).transpose(0, 1).contiguous()
         cp = packed_seq_params.context(length, self.cp_group)
         recomputes = self.training and self.config.recompute_granularity is not None
         with packed_seq_params.tape(self.layer_number, recomputes):
-            return self._attend(query, key, value, cp).transpose(0, 1).contiguous()
+            return self._in_layer(query, key, value, cp).transpose(0, 1).contiguous()
+
+    def _in_layer(self, *q_k_v_cp: Any) -> Tensor:
+        """:meth:`_attend`, whose collectives are this layer's."""
+        with comm.scope(f"layer {self.layer_number - 1}"):
+            return self._attend(*q_k_v_cp)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cp: CPContext) -> Tensor:
         """q [B, T, heads, width] and k, v [B, T, groups, kv_channels] to [B, T, heads * kv_channels]."""
