@@ -1,5 +1,6 @@
 """What cannot work ends with one sentence and exit code 1."""
 
+import errno
 import re
 import struct
 import sys
@@ -130,12 +131,10 @@ def test_the_outputs_of_preparation_are_files(monkeypatch, capsys, tmp_path):
 
 
 def test_a_full_disk_is_one_message(monkeypatch, capsys, tmp_path):
-    from safetensors import SafetensorError
-
     def full(*_):
-        raise SafetensorError("No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lasp.parallel.checkpoint.save_file", full)
+    monkeypatch.setattr("lasp.parallel.tensor_files.HuggingFaceStorageWriter.write_data", full)
     code, err = _run(monkeypatch, capsys, "train", tiny_yaml(tmp_path))
     assert code == 1 and re.search(r"^error: cannot write \S*step-00000002: No space left", err), err
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
