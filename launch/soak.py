@@ -76,18 +76,21 @@ class Curve:
             return 0
 
 
-def torment(job: Job, curve: Curve, kills: int, full: Sequence[int], chance: random.Random, tally: Tally) -> None:
+def torment(
+    job: Job, curve: Curve, kills: int, full: Sequence[int], spread: int, chance: random.Random, tally: Tally
+) -> None:
     """Kill ``kills`` times, wait each time until the job goes on.
 
     Args:
         full: ranks of each node when all is well.
+        spread: most steps between a recovery and the next kill.
 
     Raises:
         TimeoutError: it does not go on. RuntimeError: it has ended.
     """
     _await_recovery(job, curve, full, set(), 0)
     for kill in range(kills):
-        target = curve.last()["step"] + chance.randint(1, 8)
+        target = curve.last()["step"] + chance.randint(1, spread)
         _await(partial(curve.has, target), job, f"step {target}")
         nodes = job.nodes()
         everyone = {pid for ranks in nodes for pid in ranks}
@@ -193,6 +196,7 @@ def main(config: str, overrides: tuple[str, ...], launcher: str, kills: int, nod
     command = [sys.executable, "-m", "lasp.launch.cli", "train", config, *own, *quiet, "launcher=local"]
     subprocess.run([*command, f"run_dir={calm}"], check=True, stdout=subprocess.DEVNULL)
 
+    spread = 2 * (base.checkpoint.every or 4)  # so that some kills follow a new checkpoint, some do not
     tally, log = Tally(), base.run_dir / "killed.log"
     more = [*own, *quiet, f"run_dir={killed}", f"launcher={launcher}", "dp_size=null"]  # it follows from the nodes
     if launcher == "torchrun":
@@ -207,7 +211,7 @@ def main(config: str, overrides: tuple[str, ...], launcher: str, kills: int, nod
         else:
             job = RayJob([config, *more], nodes, full[0], log)
         with contextlib.closing(job):
-            torment(job, curve, kills, full, random.Random(seed), tally)
+            torment(job, curve, kills, full, spread, random.Random(seed), tally)
             click.echo("no more kills; waiting for the end")
             _await_end(job)
     except (RuntimeError, TimeoutError) as error:
