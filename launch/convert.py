@@ -124,7 +124,10 @@ def _state(
     """The state of the checkpoint to write, and its further files."""
     if config is not None:
         tokenizer = load_tokenizer(config.data.tokenizer)
-        state, extras = checkpoint_state(config, tokenizer, 0, 0), checkpoint_extras(tokenizer)
+        own = json.loads(header.get(_STATE, "{}"))
+        step, position = own.get("step", 0), own.get("data_position", 0)
+        state = checkpoint_state(config, tokenizer, step, position) | {"step": step}
+        extras = checkpoint_extras(tokenizer)
     elif _STATE in header:
         state = json.loads(header[_STATE])
         extras = {name: text.encode() for name, text in header.items() if name.endswith(".json")}

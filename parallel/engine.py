@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lasp import comm
+from lasp.layout import SequenceLayout
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate
 from lasp.parallel.offload import SavedTensors
@@ -146,6 +147,8 @@ class ModuleEngine(Engine):
         dtype: float32, bfloat16, or float64 (master copy in float64 too).
     """
 
+    in_step = False  # whether the ranks gather parameters in a forward, and so must do equally many
+
     def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(
@@ -183,10 +186,20 @@ class ModuleEngine(Engine):
 
     def evaluate(self, batches: Sequence[Batch]) -> float | None:
         """See :meth:`Engine.evaluate`."""
+        if self.in_step:
+            missing = max(self.mesh.gather(len(batches))) - len(batches)
+            batches = [*batches, *[self._blank()] * missing]
         self.model.eval()
         loss = evaluate(self.loss, batches, self.mesh)
         self.model.train()
         return loss
+
+    def _blank(self) -> Batch:
+        """A batch without a label: one token per cp rank."""
+        size = self.mesh.cp_size
+        tokens = torch.zeros(1, size, dtype=torch.int64)
+        layout = SequenceLayout.contiguous(size, size)
+        return Batch.cut(tokens, layout, self.mesh, loss_mask=torch.zeros_like(tokens, dtype=torch.bool))
 
     def save(self, folder: Path) -> dict[str, Tensor]:
         """:meth:`tensors`, and no files."""

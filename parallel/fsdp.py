@@ -29,6 +29,8 @@ class ShardedEngine(ModuleEngine):
         ValueError: the job has one rank.
     """
 
+    in_step = True
+
     def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
         super().__init__(model, mesh, settings, dtype)
         if mesh.world_size == 1:

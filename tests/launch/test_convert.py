@@ -80,3 +80,12 @@ def test_what_cannot_be_converted_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match="is not a safetensors file"):
         from_file(tmp_path / "text.safetensors", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_configuration_beside_a_whole_file_keeps_its_step(finished, tmp_path):
+    path, tokens, run = finished
+    config = load_config(path, tokens)
+    to_file(run, tmp_path / "all.safetensors")
+    old = checkpoints.load(checkpoints.find(run))
+    new = checkpoints.load(from_file(tmp_path / "all.safetensors", tmp_path / "again", config))
+    assert (new.step, new.state["data_position"]) == (old.step, old.state["data_position"])
