@@ -50,12 +50,14 @@ def test_twenty_steps_with_accumulation_and_clipping(ranks, tmp_path, alone, eng
     check(curve(tmp_path / "four" / "run"), alone[0], range(1, STEPS + 1), 1e-5, evaluations=2)
 
 
-@pytest.mark.parametrize("engine, sequences", [("fsdp2", 1), ("fsdp2", 3)])
-def test_engines_that_gather_evaluates_sequences_that_its_ranks_do_not_share_evenly(ranks, tmp_path, engine, sequences):
+@pytest.mark.parametrize("engine, dp, sequences", [("fsdp2", 2, 1), ("fsdp2", 2, 3), ("zero3", 4, 3)])
+def test_ranks_that_gather_parameters_evaluate_sequences_that_they_do_not_share_evenly(
+    ranks, tmp_path, engine, dp, sequences
+):
     path = tiny_yaml(tmp_path, **(SETTINGS | {"steps": 2, "optimizer": {"lr": 1.0e-3, "warmup_steps": 1}}))
-    uneven = [f"eval.sequences={sequences}", "timeout_s=20"]
+    uneven = [f"eval.sequences={sequences}", "data.batch_size=4", "timeout_s=20"]
     train(load_config(path, [*uneven, f"run_dir={tmp_path / 'alone'}"]))
-    ranks.run(_train_on_ranks, path, [*uneven, f"engine={engine}", "dp=2"], size=2)
+    ranks.run(_train_on_ranks, path, [*uneven, f"engine={engine}", f"dp={dp}"], size=dp)
     check(curve(tmp_path / "run"), curve(tmp_path / "alone"), range(1, 3), 1e-5, evaluations=1)
 
 
