@@ -97,7 +97,7 @@ def explain(wait: Wait, reports: Mapping[int, Report], error: str, *, watched: b
         followed.add(wait.group)
     if not late:
         reason = error.partition("\n")[0] or "a device, or a link between ranks, does not go on"
-        return f"all ranks of {_names(wait.ranks, reports)} entered {_phrase(wait)} and it did not end: {reason}"
+        return f"{_names(wait.ranks, reports)} all entered {_phrase(wait)} and it did not end: {reason}"
     first, names = _report(late[0], reports), _names(late, reports)
     missing = f"{names} never reached {_first_missing(wait, late, reports)}"
     if not watched and not first.answered:

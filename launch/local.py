@@ -34,6 +34,7 @@ from lasp.parallel.watchdog import last_entered, verdict
 
 TRAIN = "lasp.launch.train:train"
 TASK = "lasp/task"  # key of the store
+PARENT = "LASP_PARENT"  # in a rank's environment: who started it, which may be gone before the rank can look
 _STORE_TIMEOUT = timedelta(seconds=60)
 _GRACE_S = 8.0  # for the other ranks to end by themselves after one has failed
 _EXPECTED = (ValueError, FloatingPointError, OSError, CommError)  # errors whose message is the whole story
@@ -67,7 +68,7 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
     try:
         with _forwarded_signals(ranks) as signals:
             for rank in range(num_ranks):
-                environment = {**os.environ, **rank_environment(rank, num_ranks, store.port)}
+                environment = {**os.environ, **rank_environment(rank, num_ranks, store.port), PARENT: str(os.getpid())}
                 with _blocked(signal.SIGINT):
                     ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
             codes = _wait(ranks)
@@ -185,9 +186,12 @@ def _end_with_launcher(launcher: int) -> None:
 
 
 def _child() -> None:
-    _end_with_launcher(os.getppid())
+    _end_with_launcher(int(os.environ.get(PARENT, os.getppid())))
     job = Job.from_environment()
-    store = job.store(_STORE_TIMEOUT)
+    try:
+        store = job.store(_STORE_TIMEOUT)
+    except CommError as error:  # the launcher is gone already
+        sys.exit(f"error: {error}")
     try:
         task = json.loads(store.get(TASK))
         module, _, function = task["work"].partition(":")

@@ -74,8 +74,9 @@ def tend_rank(_: Any = None) -> None:
     """
     command = [sys.executable, "-m", "lasp.launch.local"]
     last_words = collections.deque(maxlen=_TAIL)
+    environment = {**os.environ, "LASP_PARENT": str(os.getpid())}  # see lasp.launch.local, which loads torch
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
     ) as rank:
         for line in rank.stderr:
             sys.stderr.write(line)

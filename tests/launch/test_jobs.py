@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import signal
 import socket
 import subprocess
@@ -237,3 +238,13 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch)
     monkeypatch.setattr("fcntl.flock", refuse)
     with run_dir.locked(tmp_path / "run", Mesh.build()):
         assert (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_rank_that_finds_its_launcher_gone_ends():
+    store = open_store()
+    gone = subprocess.Popen(["true"])
+    gone.wait(30)
+    job = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment = {**os.environ, **job, "LASP_PARENT": str(gone.pid)}
+    rank = subprocess.run([sys.executable, "-m", "lasp.launch.local"], env=environment, timeout=60, check=False)
+    assert rank.returncode == 1 and not store.check(["lasp/error/0"])  # it waited for no task

@@ -95,8 +95,7 @@ def test_ranks_that_died_stopped_failed_or_ended_are_told_apart():
     )
     everyone = _line(r3={"reached": {"cp": 41}, "history": {"cp": NAMES}})[0]
     assert everyone == (
-        "all ranks of ranks 0-3 (hosts a, b) entered collective 41 (layer 1, linear, forward) and it did not end: "
-        "Timed out"
+        "ranks 0-3 (hosts a, b) all entered collective 41 (layer 1, linear, forward) and it did not end: Timed out"
     )
 
 
