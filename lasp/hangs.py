@@ -95,6 +95,8 @@ def explain(wait: Wait, reports: Mapping[int, Report], error: str, *, watched: b
             break
         wait = onward[0]
         followed.add(wait.group)
+    if not late and (entered := _unnamed_beside_named(wait, reports)):
+        return f"the ranks part at collective {wait.number}: {entered}{_stacks(list(wait.ranks), reports)}"
     if not late:
         reason = error.partition("\n")[0] or "a device, or a link between ranks, does not go on"
         return f"{_names(wait.ranks, reports)} all entered {_phrase(wait)} and it did not end: {reason}"
@@ -167,6 +169,15 @@ def _parted(wait: Wait, reports: Mapping[int, Report]) -> tuple[list[int], str] 
             f"({names[lost]})"
         )
     return None
+
+
+def _unnamed_beside_named(wait: Wait, reports: Mapping[int, Report]) -> str:
+    """What each rank entered, where torch has issued it on some and on others it has a name; else nothing."""
+    histories = {rank: _report(rank, reports).history.get(wait.group) for rank in wait.ranks}
+    names = {rank: history.get(wait.number, "issued by torch") for rank, history in histories.items() if history}
+    if len(names) < len(histories) or len(set(names.values())) < 2:
+        return ""
+    return ", ".join(f"{_names([rank], reports)} as ({name})" for rank, name in names.items())
 
 
 def _usual(number: int, histories: Mapping[int, Mapping[int, str]]) -> str | None:

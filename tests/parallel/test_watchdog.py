@@ -99,6 +99,16 @@ def test_ranks_that_died_stopped_failed_or_ended_are_told_apart():
     )
 
 
+def test_a_collective_that_torch_issued_is_not_the_one_that_others_entered():
+    gather = {n: name for n, name in NAMES.items() if n < 41}  # of parameters, by an engine
+    line, _, stack = _line(r3={"reached": {"cp": 41}, "history": {"cp": gather}})
+    assert line == (
+        "the ranks part at collective 41: rank 0 (host a) as (layer 1, linear, forward), rank 1 (host a) as (layer 1, "
+        "linear, forward), rank 2 (host a) as (layer 1, linear, forward), rank 3 (host b) as (issued by torch)"
+    )
+    assert stack.endswith("its stack")
+
+
 CHILD = """
 import sys, time
 from lasp.parallel.recorder import Recorder
