@@ -28,7 +28,7 @@ from torch.distributed import TCPStore
 
 from lasp import SequenceLayout, comm
 from lasp.config import ModelConfig
-from lasp.launch.local import loopback_store
+from lasp.launch.rendezvous import open_store
 from lasp.model import LinearLlama
 from lasp.parallel.engine import OptimizerSettings, build_engine
 from lasp.parallel.mesh import Mesh
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="steps with the watchdog, and as many without")
     parser.add_argument("--json", help="where to write the results")
     options = parser.parse_args()
-    store = loopback_store()
+    store = open_store()
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "out.json")
         mp.spawn(rank_main, (store.port, options.steps, out), nprocs=RANKS)
