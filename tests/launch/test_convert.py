@@ -8,10 +8,12 @@ from lasp.launch.convert import from_file, to_file
 from lasp.launch.generate import load_model
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
+from lasp.launch.token_files import write_token_file
+from lasp.launch.tokenizer import load_tokenizer
 from lasp.launch.train import train
 from lasp.parallel import checkpoint as checkpoints
 from lasp.parallel.tensor_files import read_whole
-from tests.launch.helpers import tiny_yaml, tokenizer_file
+from tests.launch.helpers import TEXTS, tiny_yaml, tokenizer_file
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +21,10 @@ def finished(tmp_path_factory):
     """Six steps with a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("finished")
     path = tiny_yaml(folder)
-    tokens = [f"data.tokenizer={tokenizer_file(folder)}", "data.source=stdlib", "data.eval_fraction=0"]
+    tokenizer = str(tokenizer_file(folder))
+    write_token_file(folder / "words", TEXTS, load_tokenizer(tokenizer))
+    tokens = [f"data.tokenizer={tokenizer}", f"data.source={folder / 'words'}", "data.eval_fraction=0"]
     config = load_config(path, [*tokens, "steps=4"])
-    (folder / "text").mkdir()
     train(config)
     return path, tokens, config.run_dir
 
