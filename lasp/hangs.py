@@ -207,7 +207,7 @@ def _waiting(wait: Wait, reports: Mapping[int, Report], late: list[int], *, insi
     age = max([*ages.values(), wait.age_s])
     if not others:
         return ""
-    return f"; {_numbers(ages or others)} {verb} {where} since {age:.{0 if age >= 10 else 1}f} s"
+    return f"; {name_ranks(ages or others)} {verb} {where} since {age:.{0 if age >= 10 else 1}f} s"
 
 
 def _stacks(ranks: list[int], reports: Mapping[int, Report]) -> str:
@@ -220,15 +220,21 @@ def _names(ranks: Iterable[int], reports: Mapping[int, Report]) -> str:
     ranks = list(ranks)
     hosts = sorted({_report(rank, reports).host for rank in ranks} - {"?"})
     where = f" (host{'s' * (len(hosts) > 1)} {', '.join(hosts)})" if hosts else ""
-    return f"{_numbers(ranks)}{where}"
+    return f"{name_ranks(ranks)}{where}"
 
 
-def _numbers(ranks: Iterable[int]) -> str:
+def name_ranks(ranks: Iterable[int]) -> str:
+    """``rank 3``, ``ranks 0-2, 5``."""
+    text = ranges(ranks)
+    return f"rank {text}" if text.isdecimal() else f"ranks {text}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``0-2, 5`` for 0, 1, 2, 5."""
     runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and runs[-1][-1] == rank - 1:
-            runs[-1][1:] = [rank]
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
         else:
-            runs.append([rank])
-    text = ", ".join("-".join(map(str, run)) for run in runs)
-    return f"rank {text}" if len(runs) == 1 and len(runs[0]) == 1 else f"ranks {text}"
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)

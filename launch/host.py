@@ -11,19 +11,18 @@ import platform
 import resource
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from lasp.launch.network import address_of
 from lasp.launch.preflight import source_digest
 
 GIB = 2**30
 _PACKAGES = ("torch", "triton", "numpy", "deepspeed", "ray", "megatron-core", "tokenizers")
 _MIN_SHM, _MIN_FREE = 256 * 2**20, GIB
-_SIOCGIFADDR = 0x8915
 
 Rows = dict[str, str]
 
@@ -84,7 +83,7 @@ def network(hosts: int, problems: list[str]) -> Rows:
         hosts: machines of the job.
     """
     names = [name for _, name in socket.if_nameindex()]
-    rows = {name: _address(name) or "no IPv4 address" for name in names}
+    rows = {name: address_of(name) or "no IPv4 address" for name in names}
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         chosen = os.environ.get(variable)
         rows[variable] = chosen or "not set: chosen by itself"
@@ -196,20 +195,6 @@ def _output(*command: str) -> str:
 def _memory() -> str:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return f"{pages / GIB:.0f} GiB of memory"
-
-
-def _address(interface: str) -> str | None:
-    """The IPv4 address of an interface."""
-    if not sys.platform.startswith("linux"):
-        return None
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface[:15].encode()))
-        except OSError:
-            return None
-    return socket.inet_ntoa(found[20:24])
 
 
 def _mount(path: Path) -> str:

@@ -17,7 +17,7 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lasp.hangs import name_ranks
 from lasp.launch.schema import RunConfig
 from lasp.parallel.files import writing
 from lasp.parallel.mesh import Mesh
@@ -160,24 +161,12 @@ def _shown(own: Facts, key: str) -> str:
 def _sentence(facts: Sequence[Facts], hosts: Sequence[str], key: str) -> str:
     *odd, (usual, rest) = _by_value(facts, key)
     said = [
-        f"{_ranks(ranks)} ({'host' if len({hosts[r] for r in ranks}) == 1 else 'hosts'} "
+        f"{name_ranks(ranks)} ({'host' if len({hosts[r] for r in ranks}) == 1 else 'hosts'} "
         f"{', '.join(dict.fromkeys(hosts[r] for r in ranks))}) {'has' if len(ranks) == 1 else 'have'} {value}"
         for value, ranks in odd
     ]
     said[0] = said[0].replace(" has ", f" has {key} = ", 1).replace(" have ", f" have {key} = ", 1)
-    return f"{', '.join(said)}, {_ranks(rest)} {'has' if len(rest) == 1 else 'have'} {usual}"
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    """``rank 3``, ``ranks 0-2, 5``."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-    return f"rank {text}" if text.isdecimal() else f"ranks {text}"
+    return f"{', '.join(said)}, {name_ranks(rest)} {'has' if len(rest) == 1 else 'have'} {usual}"
 
 
 def _check_run_dir(run_dir: Path, everyone: Mesh, limit_s: float) -> None:
@@ -193,9 +182,9 @@ def _check_run_dir(run_dir: Path, everyone: Mesh, limit_s: float) -> None:
     if blind:
         hosts = ", ".join(dict.fromkeys(seen[rank][1] for rank in blind))
         raise ValueError(
-            f"run_dir {run_dir.absolute()} must be one folder for all ranks, but {_ranks(blind)} (on {hosts}) did not "
-            f"find a file that rank 0 ({seen[0][1]}) wrote there, within {limit_s:g} s. Set run_dir= to a folder on a "
-            "file system that all nodes share, at the same path."
+            f"run_dir {run_dir.absolute()} must be one folder for all ranks, but {name_ranks(blind)} (on {hosts}) did "
+            f"not find a file that rank 0 ({seen[0][1]}) wrote there, within {limit_s:g} s. Set run_dir= to a "
+            "folder on a file system that all nodes share, at the same path."
         )
 
 

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from torch.distributed import TCPStore
 
+from lasp.hangs import ranges
 from lasp.launch.local import TASK, Interrupted, RankFailure, explain_failure, rank_environment
 from lasp.launch.placement import crossing_groups, largest_world, place_ranks
 from lasp.launch.ray_worker import END, ENDED, FATAL, PLACE, RUN, STOP, WORK
@@ -246,15 +247,13 @@ class Driver:
         by_node = defaultdict(list)
         for rank, node in enumerate(nodes):
             by_node[node].append(rank)
-        told = [
-            f"{_ranges(ranks)} on {_short(node)} ({addresses.get(node, 'gone')})" for node, ranks in by_node.items()
-        ]
+        told = [f"{ranges(ranks)} on {_short(node)} ({addresses.get(node, 'gone')})" for node, ranks in by_node.items()]
         self._screen.say(f"ranks {'; '.join(told)}")
         crossing = crossing_groups(nodes, self._group_size)
         if crossing and self._group_size > 1:
             sizes = ", ".join(f"{slots} on {_short(node)}" for node, slots in self._cluster.slots(free=False).items())
             self._screen.warn(
-                f"group(s) {_ranges(crossing)} of tp_size x cp_size = {self._group_size} ranks do not fit on one node "
+                f"group(s) {ranges(crossing)} of tp_size x cp_size = {self._group_size} ranks do not fit on one node "
                 f"(rank slots: {sizes}): their traffic crosses the network."
             )
 
@@ -264,7 +263,7 @@ class Driver:
         gone = sorted({place["node"] for place in places.values()} - set(alive))
         if gone:
             ranks = [rank for rank, place in places.items() if place["node"] in gone]
-            return RankFailure(f"node {' and '.join(map(_short, gone))} was lost, with rank(s) {_ranges(ranks)}.")
+            return RankFailure(f"node {' and '.join(map(_short, gone))} was lost, with rank(s) {ranges(ranks)}.")
         rank_of = {place["worker"]: rank for rank, place in places.items()}
         codes, lost, last_words = [0] * world_size, [], {}
         for worker, failure in loss.failures.items():
@@ -276,7 +275,7 @@ class Driver:
         if lost:
             ranks = [rank_of[worker] for worker in lost if worker in rank_of]
             nodes = sorted({_short(places[rank]["node"]) for rank in ranks})
-            who = f"rank(s) {_ranges(ranks)} on {' and '.join(nodes)}" if ranks else "a rank"
+            who = f"rank(s) {ranges(ranks)} on {' and '.join(nodes)}" if ranks else "a rank"
             return RankFailure(f"the Ray worker of {who} died.", str(loss))
         reported = any(self._store.check([ERROR.format(rank=rank)]) for rank in range(world_size))
         if not reported and min(codes) >= 0:
@@ -316,14 +315,3 @@ def _open_store(bind: str, address: str) -> TCPStore:
 
 def _short(node: str) -> str:
     return f"node {node[:8]}"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """0-3, 6 for 0, 1, 2, 3, 6."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

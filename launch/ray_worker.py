@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +22,8 @@ import traceback
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from lasp.launch.network import interface_of
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -38,24 +39,6 @@ ENDED = "rank {rank} ended with exit code {code}"  # what Ray passes on to the d
 _STORE_TIMEOUT = timedelta(seconds=60)
 _POLL_S = 0.25
 _TAIL = 20  # lines of a rank's last words
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has this IPv4 address; None where the system does not say."""
-    if not sys.platform.startswith("linux"):
-        return None
-    import fcntl
-
-    get_address = 0x8915  # SIOCGIFADDR
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                found = fcntl.ioctl(probe.fileno(), get_address, struct.pack("256s", name.encode()))
-            except OSError:
-                continue  # an interface without an address
-            if socket.inet_ntoa(found[20:24]) == address:
-                return name
-    return None
 
 
 def set_environment(values: Mapping[str, str], address: str) -> None:

@@ -147,7 +147,7 @@ class ModuleEngine(Engine):
         dtype: float32, bfloat16, or float64 (master copy in float64 too).
     """
 
-    in_step = False  # whether the ranks gather parameters in a forward, and so must do equally many
+    gathers_parameters = False  # in a forward: then all ranks must do equally many
 
     def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
@@ -186,7 +186,7 @@ class ModuleEngine(Engine):
 
     def evaluate(self, batches: Sequence[Batch]) -> float | None:
         """See :meth:`Engine.evaluate`."""
-        if self.in_step:
+        if self.gathers_parameters:
             missing = max(self.mesh.gather(len(batches))) - len(batches)
             batches = [*batches, *[self._blank()] * missing]
         self.model.eval()

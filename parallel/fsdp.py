@@ -29,7 +29,7 @@ class ShardedEngine(ModuleEngine):
         ValueError: the job has one rank.
     """
 
-    in_step = True
+    gathers_parameters = True
 
     def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
         super().__init__(model, mesh, settings, dtype)

@@ -68,7 +68,7 @@ class ZeroEngine(ModuleEngine):
         for p in model.parameters():
             p.data = p.data.to(dtype)
         self._parameters = parameters
-        self.in_step = stage == 3
+        self.gathers_parameters = stage == 3
         kind = (Whole, Cut, Cut, Gathered)[stage]
         self._stage = kind(stage, self.loss, parameters, self.decayed, exact, settings, mesh)
         self.loss = self._stage.deepspeed
