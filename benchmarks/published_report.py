@@ -144,63 +144,65 @@ def _marks(axes, rows: list[dict], colour: str, label: str) -> None:
                   label=f"{label}, published, {use}")  # fmt: skip
 
 
-def _finish(figure, axes, path: Path) -> None:
+def _axes(axes, label: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xlabel("GPUs (8 per node)")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+
+
+def _save(figure, axes, title: str, path: Path) -> None:
+    """With the legend beside the plot, and no mark of the library's version in the file."""
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
 def _plot_exchange(result: dict, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(8, 4.2))
     predicted = result["predicted_exchange"]
     for name in EXCHANGES:
         published = [r for r in result["collective"] if r["exchange"] == name]
-        axes.plot([r["gpus"] for r in predicted], [r[name] for r in predicted], "-" if published else "--",
-                  color=COLOURS[name], label=f"{name}, {'model' if published else 'predicted'}")  # fmt: skip
-        if published:
-            _marks(axes, published, COLOURS[name], name)
-    axes.axhline(0.5, color="0.5", linewidth=0.8, linestyle=":")
+        style, label = ("-", f"{name}, model") if published else ("--", f"{name}, predicted")
+        axes.plot([r["gpus"] for r in predicted], [r[name] for r in predicted], style, color=COLOURS[name], label=label)
+        _marks(axes, published, COLOURS[name], name)
+    axes.axhline(0.5, color="0.5", linewidth=0.8, linestyle=":", label="aim at 256 GPUs")
     axes.set_yscale("log")
-    axes.set_ylabel("one exchange, ms")
-    axes.set_title("d = 4096, 32 heads, h100-ib: published (ZeCO) and model; beyond 256 predicted", fontsize=9)
-    _finish(figure, axes, path)
+    _axes(axes, "one exchange, ms")
+    _save(figure, axes, "d = 4096, 32 heads, h100-ib: published (ZeCO) and model; beyond 256 GPUs all predicted", path)
 
 
 def _plot_throughput(result: dict, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(8, 4.2))
     for method in dict.fromkeys(r["method"] for r in result["throughput"]):
         rows = [r for r in result["throughput"] if r["method"] == method]
         _marks(axes, rows, COLOURS[method], method)
-        axes.plot(
-            [r["gpus"] for r in rows], [r["model"] for r in rows], "-", color=COLOURS[method], label=f"{method}, model"
-        )
+        model = [r["model"] for r in rows]
+        axes.plot([r["gpus"] for r in rows], model, "-", color=COLOURS[method], label=f"{method}, model")
     axes.set_ylim(0)
-    axes.set_ylabel("tokens/s/GPU")
-    axes.set_title("1B GLA, 32K tokens per GPU: published (ZeCO, H100) and model", fontsize=9)
-    _finish(figure, axes, path)
+    _axes(axes, "tokens/s/GPU")
+    _save(figure, axes, "1B GLA, 32K tokens per GPU: published (ZeCO, H100) and model", path)
 
 
 def _plot_share(result: dict, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    settings = dict.fromkeys(r["setting"] for r in result["predicted_share"])
-    first = next(iter(settings))
-    for name in EXCHANGES:
-        rows = [r for r in result["predicted_share"] if r["setting"] == first]
-        axes.plot(
-            [r["gpus"] for r in rows], [100 * r[name] for r in rows], color=COLOURS[name], label=f"{name}, {first}"
-        )
-    for setting, style in zip(settings, ("", "--", ":")):
-        if style:
+    """All exchanges, and once more close to the aims."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2))
+    first, *others = dict.fromkeys(r["setting"] for r in result["predicted_share"])
+    for axes in panels:
+        for name in EXCHANGES:
+            rows = [r for r in result["predicted_share"] if r["setting"] == first]
+            share = [100 * r[name] for r in rows]
+            axes.plot([r["gpus"] for r in rows], share, color=COLOURS[name], label=f"{name}, {first}")
+        for setting, style in zip(others, ("--", ":"), strict=True):
             rows = [r for r in result["predicted_share"] if r["setting"] == setting]
-            axes.plot([r["gpus"] for r in rows], [100 * r["auto"] for r in rows], style, color=COLOURS["hierarchical"],
-                      label=f"auto, {setting}")  # fmt: skip
-    axes.plot((256, 1024), (97, 95), "k+", markersize=10, label="aims")
-    axes.set_ylim(0, 102)
-    axes.set_ylabel("speed kept of a run without sequence parallelism, %")
-    axes.set_title("predicted: 1B GLA, 32K tokens per GPU, h100-ib", fontsize=9)
-    _finish(figure, axes, path)
+            share = [100 * r["auto"] for r in rows]
+            axes.plot([r["gpus"] for r in rows], share, style, color="tab:green", label=f"auto, {setting}")
+        axes.plot((256, 1024), (97, 95), "k+", markersize=10, label="aims")
+        _axes(axes, "")
+    panels[0].set_ylabel("speed kept of a run without sequence parallelism, %")
+    panels[0].set_ylim(0, 102)
+    panels[1].set_ylim(93, 100)
+    _save(figure, panels[1], "predicted: 1B GLA, 32K tokens per GPU, h100-ib", path)
