@@ -58,11 +58,11 @@ def test_zigzag_by_hand(exchange, microseconds):
 
 
 def test_uneven_nodes_by_hand():
-    """The small node's rank carries all three slices, over one interface."""
+    """The one rank of the small node carries all three slices, over one interface."""
     case = Case((3, 1), state_bytes=600, transition_bytes=0)
-    # the large node sends three slices over two interfaces, at most two on one; the small one only receives
-    assert seconds("hierarchical", case, slices=1) == pytest.approx((5 + (1 + 4) + (10 + 2 * 20) + (1 + 4)) * 1e-6)
-    # an interface per rank there is not on the small node: one ring
+    assert seconds("hierarchical", case, slices=1) == pytest.approx((5 + (1 + 4) + (10 + 3 * 20) + (1 + 4)) * 1e-6)
+    # with one rank it has one ring; with one interface a message at a time, though the large node has two
+    assert seconds("log_scan", Case((2, 1, 1), 600, 0)) == pytest.approx((5 + (10 + 60) + (10 + 60)) * 1e-6)
     assert seconds("all_gather", case) == pytest.approx((5 + 2 * 1 + 10 + 3 * 600 / 10) * 1e-6)
 
 
