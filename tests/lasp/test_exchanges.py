@@ -191,12 +191,12 @@ def chosen(group, link, nodes):
 
 def test_auto_chooses_by_the_fabric_and_gives_the_same_numbers(ranks):
     thin, slow = Link(1e-6, 1e6), Link(1e-2, 1e12)
-    for link, expected in ((thin, "all_scan"), (slow, "log_scan")):
+    for link, winner in ((thin, "all_scan"), (slow, "log_scan")):
         results = ranks.run(chosen, link, (0, 1, 2, 3), size=4)
         assert len(set(map(str, results))) == 1  # all ranks agree
         names, reason = results[0]
-        assert {name for name, _ in names} == {expected}
-        assert expected in reason and "4 ranks on 4 nodes" in reason
+        assert {name for name, _ in names} == {winner}
+        assert winner in reason and "4 ranks on 4 nodes" in reason
 
 
 def refused(group):
