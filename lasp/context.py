@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lasp.recompute import ExchangeTape
 
 T = TypeVar("T")
+SOFTMAX_EXCHANGES = ("all_gather", "ring", "ulysses")
 
 
 class CPContext:
@@ -28,6 +29,7 @@ class CPContext:
         layout: who owns which tokens, and the packed documents.
         group: the cp_group; None is the default group.
         exchange: how state maps become entry states: ``all_gather`` (LASP-2, arXiv 2502.07563).
+        softmax_exchange: that of the model's softmax layers, see :func:`lasp.softmax_attention`.
         nodes, fabric, wire_dtype: settings of exchanges that choose by topology or compress the wire. ``all_gather``
             has no use for them, so anything but None is refused.
 
@@ -42,6 +44,7 @@ class CPContext:
         group: dist.ProcessGroup | None = None,
         exchange: str = "all_gather",
         *,
+        softmax_exchange: str = "all_gather",
         nodes: Sequence[int] | None = None,
         fabric: object | None = None,
         wire_dtype: torch.dtype | None = None,
@@ -53,6 +56,8 @@ class CPContext:
             )
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {tuple(EXCHANGES)}, got {exchange!r}.")
+        if softmax_exchange not in SOFTMAX_EXCHANGES:
+            raise ValueError(f"softmax_exchange must be one of {SOFTMAX_EXCHANGES}, got {softmax_exchange!r}.")
         for name, value in (("nodes", nodes), ("fabric", fabric), ("wire_dtype", wire_dtype)):
             if value is not None:
                 raise ValueError(f"{name} has no effect on exchange={exchange!r}; leave it None, got {value!r}.")
@@ -68,6 +73,7 @@ class CPContext:
                 f"{size}. Build the layout with cp_size={size} or pass the cp_group."
             )
         self.layout, self.group, self.exchange = layout, group, exchange
+        self.softmax_exchange = softmax_exchange
         self.cp_rank, self.cp_size = dist.get_rank(group), size
         self.tape: ExchangeTape | None = None
         self._made: dict[Hashable, object] = {}
@@ -91,6 +97,7 @@ class CPContext:
             raise ValueError(f"CPContext.local needs a layout of one rank, got cp_size = {layout.cp_size}.")
         self = cls.__new__(cls)
         self.layout, self.group, self.exchange = layout, None, "all_gather"
+        self.softmax_exchange = "all_gather"
         self.cp_rank, self.cp_size = 0, 1
         self.tape = None
         self._made = {}
