@@ -141,7 +141,8 @@ def sixteen_bit_errors(group):
     for exchange in EXCHANGES[1:]:
         options = {"cp": CPContext(layout, group), "exchange": exchange}
         local = [layout.shard(x, rank) for x in tensors]
-        found, _ = values(local[:3], local[3], lambda *x: softmax_attention(*x, **options))  # noqa: B023
+        found, ledgers = values(local[:3], local[3], lambda *x: softmax_attention(*x, **options))  # noqa: B023
+        assert ledgers == messages(exchange, layout, rank, 1, (4, 2), (16, 16), True, 2)
         off = [(x.double() - layout.shard(y, rank)).abs().max() for x, y in zip(found, want, strict=True)]
         errors.append([(x / y.abs().max()).item() for x, y in zip(off, want, strict=True)])
     return errors
