@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -71,7 +72,7 @@ class RingAttention(torch.autograd.Function):
             elif keys is None:
                 returning.follow(hop, None)
             else:
-                share = torch.zeros_like(returning.buffer(plan.owner(hop)))
+                share = returning.buffer(plan.owner(hop)).zero_()
                 add_gradients(dq, *share.split(widths, -1), *row, **options)
                 returning.follow(hop, share)
             del keys, values, row
@@ -114,7 +115,7 @@ class _ShardsOfGradients:
         self._works, self._arriving, self._home = [], None, None
 
     def buffer(self, owner: int) -> Tensor:
-        """For the gradient of this rank's shard, in fp32 (fp64): [B, n, Hkv, D + Dv]."""
+        """For the gradient of the owner's shard, in fp32 (fp64): [B, n, Hkv, D + Dv]."""
         return self._k.new_empty(_shape(self._k, self._v, self._plan.shards[owner]), dtype=state_dtype(self._k.dtype))
 
     def follow(self, hop: int, share: Tensor | None) -> None:
@@ -159,12 +160,12 @@ class _Shard:
     segments: tuple[Segment, ...]
     hops: int
 
-    @property
+    @cached_property
     def ranges(self) -> list[tuple[int, int]]:
         """The tokens, as runs of the owner's local order."""
         return _runs((s.start, s.stop) for s in self.segments)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens of the message."""
         return sum(len(s) for s in self.segments)
