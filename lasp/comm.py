@@ -160,10 +160,18 @@ class Messages:
         except RuntimeError as error:
             raise failure(self._call, error) from error
 
-    def close(self) -> None:
-        """Until all that this rank has sent is on its way, and its memory free."""
+    def flush(self) -> None:
+        """Until all that this rank has sent is on its way, and its memory free. Wait for what the rounds receive first.
+
+        Raises:
+            CommError: a message was not taken; it names the ranks that are missing.
+        """
         self.wait(self._works)
         self._works, self._sent = [], []
+
+    def close(self) -> None:
+        """:meth:`flush`; nothing follows."""
+        self.flush()
         leave(self._call)
 
 

@@ -164,10 +164,10 @@ def narrow(group, name, wire_dtype):
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_a_narrow_wire_halves_the_states_and_rounds_them(ranks, name):
     plain, cast = (ranks.run(narrow, name, dtype, size=4) for dtype in (None, torch.bfloat16))
-    for (*expected, sent), (*found, less) in zip(plain, cast, strict=True):
+    for (*wide, sent), (*found, less) in zip(plain, cast, strict=True):
         assert less < sent
         assert all(a.dtype == torch.float32 for a in found)
-        errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
+        errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(found, wide, strict=True)]
         assert 0 < max(errors) < 3 * 2**-8  # a rounding of 2^-9 per hop, three hops
     finals = [final for _, final, _, _ in cast]
     assert all(torch.equal(finals[0], final) for final in finals)
