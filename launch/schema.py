@@ -39,9 +39,9 @@ from lasp.launch.token_files import STDLIB
 from lasp.launch.tokenizer import BYTES, load_tokenizer
 from lasp.launch.yaml_text import parse_yaml
 from lasp.options import ExchangeOptions
-from lasp.softmax_ulysses import check_heads
 from lasp.parallel.files import reading
 from lasp.parallel.zero import check_available
+from lasp.softmax_ulysses import check_heads
 
 MAX_TIMEOUT_S = 1e6  # beyond it a clock overflows
 MIN_TIMEOUT_S = 1.0  # processes of one job start further apart than less
@@ -215,8 +215,8 @@ class RunConfig(Section):
             )
         if self.softmax_exchange == "ring" and self.model.window is not None:
             raise ValueError(
-                f"softmax_exchange=ring has no use for model.window = {self.model.window}: whole shards would travel for "
-                "a few tokens. Set softmax_exchange=all_gather, which fetches just these, or ulysses."
+                f"softmax_exchange=ring has no use for model.window = {self.model.window}: whole shards would travel "
+                "for a few tokens. Set softmax_exchange=all_gather, which fetches just these, or ulysses."
             )
         if self.softmax_exchange == "ulysses":
             heads = self.model.heads // self.tp_size
