@@ -85,8 +85,9 @@ class CPContext:
         self.fabric = None if fabric is None else Fabric.of(fabric)
         self.cp_rank, self.cp_size = dist.get_rank(group), size
         self.nodes = None if nodes is None else tuple(nodes)
-        if self.nodes is None and (exchange != "all_gather" or softmax_exchange == "ring"):
-            self.nodes = node_ids(group)  # also NCCL's first collective, which must be one of all ranks
+        if exchange != "all_gather" or softmax_exchange == "ring":
+            found = node_ids(group)  # also where it is known: NCCL's first collective must be one of all ranks
+            self.nodes = found if self.nodes is None else self.nodes
         self.tape: ExchangeTape | None = None
         self._made: dict[Hashable, object] = {}
         self._replaceable = False
