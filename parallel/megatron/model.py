@@ -188,6 +188,11 @@ def check_model(model: ModelConfig, mesh: Mesh, virtual_stages: int | None, sequ
                 f"backend=megatron has no mixer.{name}, got {getattr(mixer, name)}: decay and gate are a part of "
                 "the one fused projection. Set it to null."
             )
+    if model.ffn_tile is not None:
+        raise ValueError(
+            f"backend=megatron has no model.ffn_tile, got {model.ffn_tile}: the feed-forward layers are Megatron's. "
+            "Leave it out; tp_size cuts their hidden width."
+        )
     if mesh.tp_size > 1 and "L" in model.layer_kinds and mixer.out_norm in ("full_rms", "srms"):
         raise ValueError(
             f"mixer.out_norm={mixer.out_norm} spans all heads, and tp_size = {mesh.tp_size} cuts them. Set tp_size to "
