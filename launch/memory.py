@@ -10,6 +10,7 @@ A prediction: counted from the code. What it leaves out is what an allocator los
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -89,14 +90,19 @@ class Parameters:
     @classmethod
     def of(cls, config: ModelConfig, tp_size: int = 1, pp_size: int = 1) -> Parameters:
         """With heads, hidden width and vocabulary over ``tp_size`` ranks and layers over ``pp_size``."""
-        from lasp.model import LinearLlama
-
-        sizes = [
-            sum(p.numel() for p in block.parameters()) / tp_size for block in LinearLlama(config, device="meta").layers
-        ]
+        sizes = [size / tp_size for size, _ in block_sizes(config)]
         rows = config.vocab_size if tp_size * pp_size == 1 else padded_vocab_size(config)
         root = rows * config.dim / tp_size * (1 if config.tie_embeddings else 2)
         return cls(sum(sizes[: math.ceil(len(sizes) / pp_size)]) + root, max(sizes), root, rows / tp_size)
+
+
+@functools.cache
+def block_sizes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """Parameters of each block, and those of them that are matrices. Builds the model without storage."""
+    from lasp.model import LinearLlama
+
+    blocks = [list(block.parameters()) for block in LinearLlama(config, device="meta").layers]
+    return tuple((sum(p.numel() for p in b), sum(p.numel() for p in b if p.dim() > 1)) for b in blocks)
 
 
 def predict_memory(config: ModelConfig, setup: Setup) -> Memory:
