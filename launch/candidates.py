@@ -95,7 +95,7 @@ def price(
     bubble = 1 + (pp - 1) / micro_batches
     compute = micro_batches * work.total * bubble
     exposed = micro_batches * exposed * bubble + _parameter_traffic(job, model, engine, mesh, compute)
-    setup = Setup(engine, load, cp * dp, pp, micro_batches)
+    setup = Setup(engine, load, cp * dp, pp, micro_batches, job.offload and engine != "megatron")
     step = compute + exposed
     return Candidate(
         *mesh, engine, model.recompute, model.ffn_tile, exchange, there.slices if there else 1, softmax,

@@ -29,6 +29,7 @@ class Job:
         layout: ``contiguous`` or ``zigzag``.
         dtype_bytes: of activations.
         tokens_per_s: measured speed of one GPU without context parallelism, without recomputation; None: the roofline.
+        offload: kept activations go to host memory; the copies are taken to be hidden.
 
     Raises:
         ValueError: numbers that do not divide or cannot be.
@@ -46,6 +47,7 @@ class Job:
     layout: str = "contiguous"
     dtype_bytes: int = 2
     tokens_per_s: float | None = None
+    offload: bool = False
 
     def __post_init__(self):
         for name in ("seq_len", "gpus", "batch", "gpus_per_node", "memory"):

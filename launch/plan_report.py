@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from rich.console import Console
@@ -63,6 +63,7 @@ def plan_command(
         layout=layout or (run.layout if run else "contiguous"),
         dtype_bytes=run.torch_dtype.itemsize if run else 2,
         tokens_per_s=tokens_per_s,
+        offload=run is not None and run.offload_activations,
     )
     plan = make_plan(job)
     console = Console(highlight=False)
@@ -79,7 +80,7 @@ def plan_command(
     if plan.best is None:
         raise ValueError(nothing_fits(plan))
     console.print(f"recommended: {describe(plan.best)}. {_why(plan)}")
-    console.print(recommended_yaml(model, run, plan), markup=False)
+    console.print(recommended_yaml(model, run, plan, fabric), markup=False)
 
 
 def _why(plan: Plan) -> str:
@@ -110,10 +111,11 @@ def _ranks_of(run: RunConfig) -> int:
 
 def _heading(name: str, plan: Plan) -> str:
     job = plan.job
+    peak = job.device.peak(job.dtype_bytes) / 1e12
     speed = (
         f"compute from {job.tokens_per_s:g} tokens/s of one GPU, measured by you"
         if job.tokens_per_s
-        else f"compute: roofline, {EFFICIENCY:.2f} of {job.device.flops / 1e12:g} TFLOPS ({job.device.source})"
+        else f"compute: roofline, {EFFICIENCY:.2f} of {peak:g} TFLOPS ({job.device.source})"
     )
     lines = [
         "PREDICTION, nothing here was measured.",
@@ -189,7 +191,7 @@ def memory_table(c: Candidate) -> Table:
 _PLANNED = ("tp_size", "pp_size", "cp_size", "dp_size", "engine", "backend", "exchange", "softmax_exchange", "fabric")
 
 
-def recommended_yaml(name: str, run: RunConfig | None, plan: Plan) -> str:
+def recommended_yaml(name: str, run: RunConfig | None, plan: Plan, fabric: str) -> str:
     """A run's YAML file: the preset's or the given run's, with what the plan has chosen.
 
     Raises:
@@ -222,7 +224,7 @@ def recommended_yaml(name: str, run: RunConfig | None, plan: Plan) -> str:
         values |= {"backend": "megatron", "tp_size": best.tp, "pp_size": best.pp}
     else:
         values["engine"] = best.engine
-    values |= {key: value for key, value in _travel(plan).items() if _known(key, value)}
+    values |= {key: value for key, value in _travel(plan.best, fabric).items() if _known(key, value)}
     values["data"] = {**values.get("data", {}), "seq_len": job.seq_len, "batch_size": job.batch}
     nodes = -(-job.gpus // job.gpus_per_node)
     if nodes > 1:
@@ -239,13 +241,17 @@ def _own_values(path: Path) -> dict[str, Any]:
     return parse_yaml(path.read_text(encoding="utf-8"), str(path))
 
 
-def _travel(plan: Plan) -> dict[str, Any]:
-    best = plan.best
-    chosen = {"exchange": best.exchange, "softmax_exchange": best.softmax_exchange, "fabric": plan.job.fabric.name}
+def _travel(best: Candidate, fabric: str) -> dict[str, Any]:
+    if best.exchange is best.softmax_exchange is None:
+        return {}
+    chosen = {"exchange": best.exchange, "softmax_exchange": best.softmax_exchange, "fabric": fabric}
     return {key: value for key, value in chosen.items() if value is not None}
 
 
 def _known(key: str, value: Any) -> bool:
     """Whether the schema has the key, and the value where it lists them."""
-    field = RunConfig.model_fields.get(key)
-    return field is not None and (not get_args(field.annotation) or value in get_args(field.annotation))
+    if key not in RunConfig.model_fields:
+        return False
+    hint = RunConfig.model_fields[key].annotation
+    listed = [value for h in (hint, *get_args(hint)) if get_origin(h) is Literal for value in get_args(h)]
+    return not listed or value in listed

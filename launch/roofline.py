@@ -23,20 +23,25 @@ _PASSES = 4  # what a block keeps is written and read in the forward, read in th
 
 @dataclass(frozen=True)
 class Device:
-    """What one rank computes with: dense bf16 operations per second, bytes per second of its memory."""
+    """What one rank computes with: operations per second in dense bf16 and in fp32, bytes per second of its memory."""
 
     name: str
     flops: float
+    wide_flops: float
     bytes_per_s: float
     source: str
+
+    def peak(self, width: int) -> float:
+        """Operations per second on numbers of ``width`` bytes; fp64 is taken for fp32."""
+        return self.flops if width == 2 else self.wide_flops
 
 
 DEVICES = {
     device.name: device
     for device in (
-        Device("h100", 989e12, 3.35e12, "H100 SXM data sheet, dense bf16"),
-        Device("a100", 312e12, 2.0e12, "A100 80GB SXM data sheet, dense bf16"),
-        Device("cpu", 0.2e12, 40e9, "two cores with AVX-512: assumed"),
+        Device("h100", 989e12, 67e12, 3.35e12, "H100 SXM data sheet"),
+        Device("a100", 312e12, 19.5e12, 2.0e12, "A100 80GB SXM data sheet"),
+        Device("cpu", 0.2e12, 0.2e12, 40e9, "two cores with AVX-512: assumed"),
     )
 }
 
@@ -74,7 +79,7 @@ def operator_flops(config: ModelConfig, kind: str, seq_len: int) -> float:
 
 def predict_work(config: ModelConfig, load: Load, seq_len: int, device: Device, pp_size: int = 1) -> Work:
     """Seconds of a rank's share of one micro batch: its tokens, heads, hidden width and layers."""
-    rate = device.flops * EFFICIENCY * load.tp_size
+    rate = device.peak(load.width) * EFFICIENCY * load.tp_size
     projections = sum(matrices for _, matrices in block_sizes(config))
     hidden = 3 * config.dim * config.hidden_dim * config.num_layers
     operators = sum(operator_flops(config, kind, seq_len) for kind in config.layer_kinds)
