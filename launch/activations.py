@@ -338,9 +338,10 @@ def _softmax_work(config: ModelConfig, load: Load) -> list[Term]:
             Term("keys and values in flight", 2 * local * (width + wide), f"4 x T x Hkv D x {width + wide}"),
         ]
     keys = 3 * ranks * local * width / groups
-    grads = 3 * ranks * local * wide / groups
+    copies = 3 if groups == 1 else 4  # those of the group before are on their way
+    grads = copies * ranks * local * wide / groups
     return [
         *terms,
         Term("gathered keys and values", keys, f"3 x W T x 2 Hkv D / {groups} groups x {width}"),
-        Term("their gradients", grads, f"3 x W T x 2 Hkv D / {groups} groups x {wide}"),
+        Term("their gradients", grads, f"{copies} x W T x 2 Hkv D / {groups} groups x {wide}"),
     ]
