@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from lasp.config import ModelConfig
 from lasp.features import feature_width
+from lasp.softmax_gather import HEAD_GROUPS
 
 _CHUNK, _TILE_ELEMENTS, _LEAST_CHUNKS, _MOST_CHUNKS = 64, 1 << 18, 4, 64  # of lasp.kernels.chunked on a CPU
 
@@ -309,8 +310,6 @@ def exchange_term(config: ModelConfig, load: Load) -> Term | None:
 
 
 def _softmax_work(config: ModelConfig, load: Load) -> list[Term]:
-    from lasp.softmax import HEAD_GROUPS
-
     count, width, head, wide = load.tokens, load.width, config.softmax_head_dim, load.wide
     heads, kv_heads = config.heads // load.tp_size, max(1, (config.kv_heads or config.heads) // load.tp_size)
     local, queries = 2 * count * kv_heads * head, count * heads * head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -224,7 +224,7 @@ def recommended_yaml(name: str, run: RunConfig | None, plan: Plan, fabric: str) 
         values |= {"backend": "megatron", "tp_size": best.tp, "pp_size": best.pp}
     else:
         values["engine"] = best.engine
-    values |= {key: value for key, value in _travel(plan.best, fabric).items() if _known(key, value)}
+    values |= _travel(best, fabric)
     values["data"] = {**values.get("data", {}), "seq_len": job.seq_len, "batch_size": job.batch}
     nodes = -(-job.gpus // job.gpus_per_node)
     if nodes > 1:
@@ -242,16 +242,7 @@ def _own_values(path: Path) -> dict[str, Any]:
 
 
 def _travel(best: Candidate, fabric: str) -> dict[str, Any]:
-    if best.exchange is best.softmax_exchange is None:
-        return {}
-    chosen = {"exchange": best.exchange, "softmax_exchange": best.softmax_exchange, "fabric": fabric}
-    return {key: value for key, value in chosen.items() if value is not None}
-
-
-def _known(key: str, value: Any) -> bool:
-    """Whether the schema has the key, and the value where it lists them."""
-    if key not in RunConfig.model_fields:
-        return False
-    hint = RunConfig.model_fields[key].annotation
-    listed = [value for h in (hint, *get_args(hint)) if get_origin(h) is Literal for value in get_args(h)]
-    return not listed or value in listed
+    """The exchanges of the run; the fabric where one needs it for its number of slices."""
+    chosen = {"exchange": best.exchange, "softmax_exchange": best.softmax_exchange}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    return {**chosen, "fabric": fabric} if best.exchange in ("all_scan", "hierarchical") else chosen
