@@ -4,8 +4,8 @@ W ranks on N nodes, R of them on the largest, F fragments per rank, P = F W posi
 bytes, a transition of a bytes. A message of n bytes over a link takes ``latency + n / rate`` (:mod:`lasp.fabric`). An
 exchange is a list of phases, one after the other, and costs the fabric's ``overhead_s`` once:
 
-    all_gather    (W - 1) (latency + F (b + a) / rate)             ring algorithm: a step is as slow as its slowest
-                                                                   link; the interfaces of a node carry a ring each
+    all_gather    (W - N) latency within + (N - 1) between         ring algorithm: one message's way round, the others
+                  + (W - 1) F (b + a) / rate of the slowest        behind it; each interface of a node carries a ring
     ring          sum over the P - 1 hops of (latency + b / rate)  a hop is inside a node or between two
     all_scan      the same with b / S, + (S - 1) x slowest hop     a pipeline of S slices
     log_scan      ceil(log2 P) steps, each as slow as its slowest  step s: 2^s positions further, b + a; the messages
@@ -22,12 +22,13 @@ latencies, which are measured with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from math import ceil
+from math import ceil, inf
+from numbers import Real
 
-from lasp.fabric import Fabric, Link
+from lasp.fabric import Fabric
+from lasp.traffic import Traffic, all_to_all, chain, hierarchical, log_scan, ring_gather, ring_pass
 
 EXCHANGES = ("all_gather", "ring", "all_scan", "log_scan", "hierarchical")
 SOFTMAX_EXCHANGES = ("all_gather", "ring", "ulysses")
@@ -127,7 +128,7 @@ def estimate(
             f"slices = {slices!r} must be an integer between 1 and {most} for {exchange} with "
             f"{case.value_columns} value columns and {max(case.nodes)} ranks per node. Leave it None for the best."
         )
-    found = [_priced(exchange, s, _plan(exchange, case, fabric, s, backward), fabric) for s in possible]
+    found = [_priced(exchange, s, _traffic(exchange, case, fabric, s, backward), fabric) for s in possible]
     return min(found, key=lambda e: e.seconds)  # the first of equals: fewest slices
 
 
@@ -136,7 +137,12 @@ def choose(case: Case, fabric: Fabric, *, hidden_s: float = 0.0) -> Choice:
 
     ``hidden_s`` are seconds of local work while the exchange flies. The answer depends on the arguments alone, so ranks
     that share them agree without a message.
+
+    Raises:
+        ValueError: ``hidden_s`` is no finite number >= 0.
     """
+    if not isinstance(hidden_s, Real) or not 0 <= hidden_s < inf:
+        raise ValueError(f"hidden_s must be a finite number >= 0, got {hidden_s!r}.")
     estimates = tuple(estimate(exchange, case, fabric) for exchange in EXCHANGES)
     exposed = [max(0.0, e.seconds - hidden_s) for e in estimates]
     best = min(range(len(estimates)), key=lambda i: (exposed[i], estimates[i].seconds, i))
@@ -170,16 +176,16 @@ def estimate_softmax(
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
     ranks = sum(nodes)
     if exchange == "all_gather":
-        plan = _ring_gather(nodes, fabric, kv_bytes)
+        traffic = ring_gather(nodes, fabric, kv_bytes)
     elif exchange == "ring":
         carried = kv_bytes * (2 if backward else 1)
-        plan = _Plan(*_ring_steps(nodes, fabric, carried, rings=False), ranks - 1, (ranks - 1) * carried)
+        traffic = ring_pass(nodes, fabric, carried, rings=1)
     else:
         parts = (q_bytes + kv_bytes, q_bytes)
-        phases = [phase for part in parts for phase in _all_to_all(nodes, fabric, part)]
+        phases = [phase for part in parts for phase in all_to_all(nodes, fabric, part)]
         sent = sum(parts) * (ranks - 1) // ranks
-        plan = _Plan(phases, 2 * ranks * (ranks - 1), ranks * sent, 2 * (ranks - 1), sent)
-    return _priced(exchange, 1, plan, fabric)
+        traffic = Traffic(phases, 2 * ranks * (ranks - 1), ranks * sent, 2 * (ranks - 1), sent)
+    return _priced(exchange, 1, traffic, fabric)
 
 
 def check_nodes(nodes: tuple[int, ...]) -> None:
@@ -188,41 +194,11 @@ def check_nodes(nodes: tuple[int, ...]) -> None:
         raise ValueError(f"nodes must be a tuple of the ranks of each node, each an integer >= 1, got {nodes!r}.")
 
 
-@dataclass(frozen=True)
-class _Phase:
-    """Messages of ``size`` bytes over a link that ``sharers`` of them use at once, ``repeats`` times in a row."""
-
-    link: Link
-    size: float
-    sharers: float = 1.0
-    repeats: int = 1
-
-    @property
-    def seconds(self) -> float:
-        return self.repeats * self.link.seconds(self.size * self.sharers)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Phases; messages and bytes of the whole group; those that the busiest rank hands to the transport."""
-
-    phases: Sequence[_Phase]
-    all_messages: int
-    all_bytes: float
-    messages: int
-    bytes_sent: float
-
-
-def _slowest(phases: list[_Phase]) -> list[_Phase]:
-    """Of phases at the same time, the one that lasts."""
-    return [max(phases, key=lambda phase: phase.seconds)] if phases else []
-
-
-def _priced(exchange: str, slices: int, plan: _Plan, fabric: Fabric) -> Estimate:
-    seconds = sum(phase.seconds for phase in plan.phases)
-    if plan.all_messages:  # one rank exchanges nothing
-        seconds += fabric.overhead_s + fabric.message_s * plan.all_messages + fabric.byte_s * plan.all_bytes
-    return Estimate(exchange, slices, seconds, plan.messages, ceil(plan.bytes_sent))
+def _priced(exchange: str, slices: int, traffic: Traffic, fabric: Fabric) -> Estimate:
+    seconds = sum(phase.seconds for phase in traffic.phases)
+    if traffic.all_messages:  # one rank exchanges nothing
+        seconds += fabric.overhead_s + fabric.message_s * traffic.all_messages + fabric.byte_s * traffic.all_bytes
+    return Estimate(exchange, slices, seconds, traffic.messages, ceil(traffic.bytes_sent))
 
 
 def _most_slices(exchange: str, case: Case) -> int:
@@ -230,161 +206,15 @@ def _most_slices(exchange: str, case: Case) -> int:
     return max(1, min(MAX_SLICES, columns))
 
 
-def _plan(exchange: str, case: Case, fabric: Fabric, slices: int, backward: bool) -> _Plan:
+def _traffic(exchange: str, case: Case, fabric: Fabric, slices: int, backward: bool) -> Traffic:
     if exchange == "all_gather":
         transition = 0 if backward else case.transition_bytes  # known from the forward
-        return _ring_gather(case.nodes, fabric, case.fragments * (case.state_bytes + transition))
+        return ring_gather(case.nodes, fabric, case.fragments * (case.state_bytes + transition))
     if exchange == "log_scan":
-        return _log_scan(case, fabric)
+        return log_scan(case, fabric)
     if exchange == "hierarchical":
-        return _hierarchical(case, fabric, slices)
-    return _chain(case, fabric, slices)
-
-
-def _ring_gather(nodes: tuple[int, ...], fabric: Fabric, size: int) -> _Plan:
-    """(W - 1) steps in which every rank passes on one message; as many rings as a node has interfaces."""
-    ranks = sum(nodes)
-    return _Plan(*_ring_steps(nodes, fabric, size, rings=True), int(ranks > 1), size * (ranks > 1))
-
-
-def _ring_steps(nodes: tuple[int, ...], fabric: Fabric, size: int, *, rings: bool) -> tuple[list[_Phase], int, int]:
-    """Phases, messages and bytes of W - 1 steps round a ring, each as slow as its slowest link."""
-    ranks, links = sum(nodes), []
-    if max(nodes) > 1:
-        links.append(_Phase(fabric.within, size, repeats=ranks - 1))
-    if len(nodes) > 1:
-        used = min(fabric.nics_per_node, *nodes) if rings else 1
-        links.append(_Phase(fabric.between, size, 1 / used, ranks - 1))
-    return _slowest(links), ranks * (ranks - 1), ranks * (ranks - 1) * size
-
-
-def _chain(case: Case, fabric: Fabric, slices: int) -> _Plan:
-    """F sweeps over the ranks, there and back in turn, each slice one hop behind the one before it."""
-    hops = _hops(_sweeps(case.ranks, case.fragments), case.ranks)
-    borders = case.fragments * (len(case.nodes) - 1)
-    phases = _pipeline(case, fabric, case.state_bytes / slices, sum(hops) - borders, borders, slices)
-    busiest = max(hops)
-    return _Plan(phases, sum(hops) * slices, sum(hops) * case.state_bytes, busiest * slices, busiest * case.state_bytes)
-
-
-def _pipeline(case: Case, fabric: Fabric, size: float, inner: int, borders: int, slices: int) -> list[_Phase]:
-    """The first slice over all hops, then the others behind it at the pace of the slowest hop."""
-    meet = 2 if case.fragments > 1 and case.ranks > 2 else 1  # behind the turn a rank sends up and down at once
-    meet_between = meet if min(fabric.nics_per_node, *case.nodes) == 1 else 1
-    hops, waits = [], []
-    for link, count, sharers in ((fabric.within, inner, meet), (fabric.between, borders, meet_between)):
-        if count:
-            hops.append(_Phase(link, size, 1, count))
-            waits.append(_Phase(link, size, sharers, slices - 1))
-    return hops + _slowest(waits)
-
-
-def _sweeps(members: int, fragments: int) -> list[int]:
-    """The member that owns each position: there and back in turn."""
-    there = list(range(members))
-    return [m for f in range(fragments) for m in (there if f % 2 == 0 else reversed(there))]
-
-
-def _hops(owners: Sequence[int], members: int) -> list[int]:
-    """How often each member sends along the chain; what stays on its owner is no message."""
-    hops = [0] * members
-    for sender, receiver in pairwise(owners):
-        hops[sender] += sender != receiver
-    return hops
-
-
-def _doubling(positions: int, owners: Sequence[int]) -> Iterator[list[tuple[int, int, bool]]]:
-    """Steps of recursive doubling: (sender, receiver, whether a transition travels) of every message.
-
-    Position p sends the composed map of positions p - 2^s + 1 .. p to p + 2^s; one that reaches the start needs no
-    transition. What stays on its owner is no message.
-    """
-    stride = 1
-    while stride < positions:
-        pairs = ((p, owners[p], owners[p + stride]) for p in range(positions - stride))
-        yield [(sender, receiver, p >= stride) for p, sender, receiver in pairs if sender != receiver]
-        stride *= 2
-
-
-def _log_scan(case: Case, fabric: Fabric) -> _Plan:
-    """Every step waits for its slowest: a rank's messages inside its node, or a node's over its interfaces."""
-    home = [node for node, ranks in enumerate(case.nodes) for _ in range(ranks)]
-    owners = _sweeps(case.ranks, case.fragments)
-    phases, messages, sent = [], [0] * case.ranks, [0] * case.ranks
-    for step in _doubling(len(owners), owners):
-        inside, leaving = [0] * case.ranks, [[] for _ in case.nodes]
-        for sender, receiver, with_transition in step:
-            size = case.state_bytes + (case.transition_bytes if with_transition else 0)
-            messages[sender] += 1
-            sent[sender] += size
-            if home[sender] == home[receiver]:
-                inside[sender] += size
-            else:
-                leaving[home[sender]].append(size)
-        waits = [_Phase(fabric.within, max(inside))] if any(inside) else []
-        for ranks, sizes in zip(case.nodes, leaving, strict=True):
-            if sizes:
-                used = min(fabric.nics_per_node, ranks)
-                waits.append(_Phase(fabric.between, max(sizes), ceil(len(sizes) / used)))
-        phases += _slowest(waits)
-    return _Plan(phases, sum(messages), sum(sent), max(messages), max(sent))
-
-
-def _hierarchical(case: Case, fabric: Fabric, slices: int) -> _Plan:
-    """Slices of the state to their carriers inside the node, a scan of every slice over the nodes, and back."""
-    most = max(case.nodes)
-    carried = [ceil(most / ranks) for ranks in case.nodes]  # slices of the busiest rank of each node
-    phases, inner = [], [0.0] * len(case.nodes)
-    for transition in (case.transition_bytes, 0):  # there with the transitions, and back
-        sizes = [case.fragments * (k * case.state_bytes / most + transition) for k in carried]
-        inner = [sent + (n - 1) * size for sent, n, size in zip(inner, case.nodes, sizes, strict=True)]
-        waits = [_Phase(fabric.within, (n - 1) * size) for n, size in zip(case.nodes, sizes, strict=True) if n > 1]
-        phases += _slowest(waits)
-    scan, messages, outer = _scan_over_nodes(case, fabric, slices, carried)
-    phases[1:1] = scan
-    per_node = list(zip(case.nodes, carried, messages, inner, outer, strict=True))
-    return _Plan(
-        phases,
-        sum(2 * n * (n - 1) + most * m for n, _, m, _, _ in per_node),
-        sum(n * i + most * o for n, _, _, i, o in per_node),
-        max(2 * (n - 1) + k * m for n, k, m, _, _ in per_node),
-        max(i + k * o for _, k, _, i, o in per_node),
-    )
-
-
-def _scan_over_nodes(
-    case: Case, fabric: Fabric, slices: int, carried: Sequence[int]
-) -> tuple[list[_Phase], list[int], list[float]]:
-    """Phases of the scan between nodes; messages and bytes that each node sends per carried slice."""
-    size, count = case.state_bytes / max(case.nodes), len(case.nodes)
-    owners = _sweeps(count, case.fragments)
-    sharers = [k * ceil(n / fabric.nics_per_node) for n, k in zip(case.nodes, carried, strict=True)]
-    if slices > 1:
-        hops, share = _hops(owners, count), max(sharers)
-        meet = 2 if case.fragments > 1 and count > 2 else 1
-        phases = [_Phase(fabric.between, size / slices, share, sum(hops))]
-        phases += [_Phase(fabric.between, size / slices, share * meet, slices - 1)]
-        return phases if count > 1 else [], [h * slices for h in hops], [h * size for h in hops]
-    phases, messages, sent = [], [0] * count, [0.0] * count
-    for step in _doubling(len(owners), owners):
-        loads = [0.0] * count
-        for sender, _, with_transition in step:
-            messages[sender] += 1
-            loads[sender] += size + (case.transition_bytes if with_transition else 0)
-        sent = [before + load for before, load in zip(sent, loads, strict=True)]
-        if step:
-            phases.append(_Phase(fabric.between, max(load * s for load, s in zip(loads, sharers, strict=True))))
-    return phases, messages, sent
-
-
-def _all_to_all(nodes: tuple[int, ...], fabric: Fabric, size: int) -> list[_Phase]:
-    """Pairwise: every rank sends 1/W of its ``size`` bytes to each other one, first inside its node, then outside."""
-    ranks = sum(nodes)
-    inner = [_Phase(fabric.within, size / ranks, 1, max(nodes) - 1)] if max(nodes) > 1 else []
-    outer = [
-        _Phase(fabric.between, size / ranks, ceil(n / fabric.nics_per_node), ranks - n) for n in set(nodes) if n < ranks
-    ]
-    return inner + _slowest(outer)
+        return hierarchical(case, fabric, slices)
+    return chain(case, fabric, slices)
 
 
 def _reason(
@@ -397,8 +227,8 @@ def _reason(
     second = min((e for e in found if e.exchange != taken.exchange), key=lambda e: e.seconds)
     covered = f", of which {_time(exposed)} are not hidden by {_time(hidden)} of local work" if hidden else ""
     return (
-        f"{taken.exchange}{cut} takes {_time(taken.seconds)} for a state of {case.state_bytes / 2**20:.3g} MiB "
-        f"between {where}{covered}; next is {second.exchange} with {_time(second.seconds)} (predicted)."
+        f"{taken.exchange}{cut} is predicted to take {_time(taken.seconds)} for a state of {case.state_bytes / 2**20:.3g} MiB "
+        f"between {where}{covered}; next is {second.exchange} with {_time(second.seconds)}."
     )
 
 

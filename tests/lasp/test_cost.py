@@ -13,8 +13,8 @@ THIN = Fabric("thin", Link(50e-6, 2e9), Link(200e-6, 50e6), 1, 0.0, "8 hosts, 40
 @pytest.mark.parametrize(
     "exchange, slices, microseconds",
     [
-        # 7 steps over the border: 10 + 1000 bytes on two interfaces of 10 bytes/us
-        ("all_gather", 1, 5 + 7 * (10 + 1000 / 20)),
+        # 6 latencies inside, one between, 7 messages of 1000 bytes over two interfaces of 10 bytes/us
+        ("all_gather", 1, 5 + 6 * 1 + 10 + 7 * 1000 / 20),
         # 6 hops inside: 1 + 8; one between: 10 + 80
         ("ring", 1, 5 + 6 * 9 + 90),
         # slices of 200 bytes: 6 x (1 + 2) + (10 + 20), then 3 more over the border
