@@ -103,7 +103,7 @@ class ProcessRanks(Ranks):
                     stdout=subprocess.PIPE,
                     env=environment,
                     start_new_session=True,  # Ctrl-C is for this process, which ends them
-                    preexec_fn=ending_with_parent(),
+                    preexec_fn=ending_with_parent(),  # noqa: PLW1509
                 )
                 self._processes.append(process)
             self._answers(max(_START_S, timeout_s), "start")
@@ -196,9 +196,7 @@ def local_ranks(size: int, *, device: str = "auto", timeout_s: float = 300.0) ->
 
 
 @contextlib.contextmanager
-def virtual_ranks(
-    cluster: VirtualCluster, ranks_per_host: int, *, timeout_s: float = 300.0
-) -> Iterator[ProcessRanks]:
+def virtual_ranks(cluster: VirtualCluster, ranks_per_host: int, *, timeout_s: float = 300.0) -> Iterator[ProcessRanks]:
     """``ranks_per_host`` ranks on every host of a virtual cluster, one thread each.
 
     Raises:
@@ -234,6 +232,14 @@ def joined_ranks(job: Job, *, device: str = "auto", timeout_s: float = 300.0) ->
     chosen = choose_device(device, job)
     with process_group(job, chosen, timedelta(seconds=timeout_s)):
         yield JoinedRanks(Mesh.build(job.world_size, device=chosen))
+
+
+def found_ranks(size: int, *, device: str = "auto", timeout_s: float = 300.0):
+    """The ranks of the job that started this process; where none did, ``size`` of this machine. A context manager."""
+    job = Job.from_environment()
+    if job is not None:
+        return joined_ranks(job, device=device, timeout_s=timeout_s)
+    return local_ranks(size, device=device, timeout_s=timeout_s)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 from lasp.launch.processes import send
@@ -148,8 +148,7 @@ def _namespaces() -> list[str]:
     """Names of all virtual clusters' namespaces on this machine."""
     if shutil.which("ip") is None:
         return []
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    return [line.split()[0] for line in listed.stdout.splitlines() if line.startswith(_PREFIX)]
+    return [line.split()[0] for line in _netns("list").splitlines() if line.startswith(_PREFIX)]
 
 
 def _alive(name: str) -> bool:
@@ -158,14 +157,19 @@ def _alive(name: str) -> bool:
     return owner is None or os.path.exists(f"/proc/{owner[1]}")
 
 
-def _remove(names) -> None:
+def _remove(names: Iterable[str]) -> None:
     """End what runs in the namespaces and delete them. A signal waits until all are gone."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for name in names:
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=_TIMEOUT_S)
-            for pid in pids.stdout.split():
+            for pid in _netns("pids", name).split():
                 send(int(pid), signal.SIGKILL)
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=_TIMEOUT_S)
+            _netns("del", name)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _netns(*arguments: str) -> str:
+    """What ``ip netns`` prints, whether or not it succeeds."""
+    command = ["ip", "netns", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False).stdout

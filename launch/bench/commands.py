@@ -1,0 +1,163 @@
+"""The commands of ``lasp bench``: options in words become a driver's arguments, its rows become a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def bench() -> None:
+    """Measure links, exchanges, layers, models and scaling; write JSON, Markdown and a plot.
+
+    Under torchrun the ranks of the job are measured, otherwise ranks of this machine that the command starts.
+    """
+
+
+def _output(command):
+    help_text = "Folder of the results."
+    return click.option("--output", type=Path, default="benchmarks/results/bench", show_default=True, help=help_text)(
+        command
+    )
+
+
+def _ranks(default: str, help_text: str = "Ranks to start on this machine."):
+    return click.option("--ranks", default=default, show_default=True, help=help_text)
+
+
+def _device(command):
+    return click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)(
+        command
+    )
+
+
+def _refuse_without_virtual(**given) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"--{name} has no effect without --virtual: add --virtual, or leave it out.")
+
+
+def _refuse_with_virtual(**given) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"--{name} has no effect with --virtual: leave it out.")
+
+
+@bench.command()
+@click.option("--virtual", is_flag=True, help="Between hosts of a virtual cluster on this machine.")
+@click.option("--hosts", help="Hosts of the virtual cluster; default: 2.")
+@click.option("--rate", help="Rate of its links in bits per second; default: 400M.")
+@_ranks("2", "Ranks to start on this machine; with --virtual: on each host.")
+@_device
+@click.option("--name", help="Of the fabric and of its files; default: from the ranks.")
+@_output
+def fabric(virtual: bool, hosts: str | None, rate: str | None, ranks: str, device: str, name: str | None, output: Path):
+    """Measure the links between ranks and write them as a fabric, for exchange=auto and `lasp plan`."""
+    from lasp.launch.bench import fabric as driver
+    from lasp.launch.bench import options
+    from lasp.launch.bench.ranks import found_ranks, virtual_ranks
+    from lasp.launch.bench.results import facts, one_line, write_report
+    from lasp.launch.bench.virtual_cluster import MAX_HOSTS, VirtualCluster
+
+    (per_host,) = options.counts("--ranks", ranks)
+
+    def measure(found, default: str) -> None:
+        about = facts(found.where)
+        title = name or default
+        measured, points = driver.measure_fabric(found, title, one_line(about))
+        report = {"facts": about, "fabric": driver.as_dict(measured), "points": points}
+        text = driver.markdown(measured, points)
+        paths = write_report(output, f"fabric-{title}", report, text, lambda f: driver.draw(f, measured, points), found)
+        if found.is_first:
+            measured.save(output / f"{title}.json")
+            click.echo("\n".join(text))
+            click.echo(f"wrote {output / title}.json, for --fabric; {', '.join(map(str, paths))}")
+
+    if virtual:
+        (count,) = options.counts("--hosts", hosts or "2", 1, MAX_HOSTS)
+        (bits,) = options.rates("--rate", rate or "400M")
+        with VirtualCluster(count, bits) as cluster, virtual_ranks(cluster, per_host) as found:
+            measure(found, f"virtual-{count}x{per_host}-{rate or '400M'}")
+    else:
+        _refuse_without_virtual(hosts=hosts, rate=rate)
+        with found_ranks(per_host, device=device) as found:
+            measure(found, f"measured-{found.size}")
+
+
+@bench.command()
+@click.option("--virtual", is_flag=True, help="Sweep over virtual clusters of this machine.")
+@click.option("--hosts", help="With --virtual: hosts of the clusters; default: 2,3,4,6,8.")
+@click.option("--rates", help="With --virtual: rates of the links in bits per second; default: 100M,400M,1G,2G.")
+@_ranks("default", "Ranks to start on this machine, default 2; with --virtual: on each host, default 1,2.")
+@click.option("--sizes", default="256K,1M,2M,8M", show_default=True, help="Bytes of a state.")
+@click.option("--exchanges", help="Which to run; default: all there are.")
+@click.option("--kind", default="diagonal", show_default=True, help="Transition: identity, scalar, diagonal, dense.")
+@click.option("--layout", type=click.Choice(["contiguous", "zigzag"]), default="contiguous", show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--fabric", "named", help="Without --virtual: predict from this fabric; default: measure it first.")
+@click.option("--max-cells", type=click.IntRange(1), default=40, show_default=True)
+@click.option("--skip-above", type=click.FloatRange(0), default=5.0, show_default=True, help="Predicted seconds.")
+@click.option("--limit", type=click.FloatRange(0), default=1700.0, show_default=True, help="Seconds of the sweep.")
+@_device
+@_output
+def exchange(
+    virtual: bool,
+    hosts: str | None,
+    rates: str | None,
+    ranks: str,
+    sizes: str,
+    exchanges: str | None,
+    kind: str,
+    layout: str,
+    repeats: int,
+    named: str | None,
+    max_cells: int,
+    skip_above: float,
+    limit: float,
+    device: str,
+    output: Path,
+) -> None:
+    """Time every exchange beside the cost model's prediction, here or over a sweep of virtual clusters."""
+    from lasp.exchange import EXCHANGES
+    from lasp.fabric import Fabric
+    from lasp.launch.bench import exchange as driver
+    from lasp.launch.bench import exchange_report, options
+    from lasp.launch.bench.exchange_cell import KINDS, heads_of
+    from lasp.launch.bench.ranks import found_ranks
+    from lasp.launch.bench.results import facts, write_report
+
+    (kind,) = options.names("--kind", kind, KINDS)
+    wanted = tuple(EXCHANGES) if exchanges is None else options.names("--exchanges", exchanges, EXCHANGES)
+    settings = driver.Settings(wanted, repeats, kind, layout, skip_above, limit)
+    states = options.sizes("--sizes", sizes)
+    for state in states:
+        heads_of(state)
+
+    def report(rows, thinned: int, where: str, found=None) -> None:
+        summary = driver.summarise(rows)
+        text = exchange_report.markdown(rows, summary, settings, thinned)
+        values = {"facts": facts(where), "summary": summary, "settings": vars(settings), "rows": rows}
+        draw = lambda figure: exchange_report.draw(figure, rows, wanted)  # noqa: E731
+        paths = write_report(output, "exchange-virtual" if virtual else "exchange", values, text, draw, found)
+        if found is None or found.is_first:
+            click.echo("\n".join(text))
+            click.echo(f"wrote {', '.join(map(str, paths))}")
+
+    if virtual:
+        _refuse_with_virtual(fabric=named)
+        cells, thinned = driver.grid(
+            options.counts("--hosts", hosts, 1, 16) if hosts else driver.HOSTS,
+            options.counts("--ranks", ranks, 1, 16) if ranks != "default" else driver.RANKS,
+            states,
+            options.rates("--rates", rates) if rates else driver.RATES,
+            max_cells,
+        )
+        rows = driver.virtual_sweep(cells, settings, click.echo)
+        return report(rows, thinned, "virtual clusters: network namespaces, TCP, tc tbf, one thread per rank")
+    _refuse_without_virtual(hosts=hosts, rates=rates)
+    (size,) = options.counts("--ranks", "2" if ranks == "default" else ranks)
+    known = None if named is None else Fabric.of(named)
+    with found_ranks(size, device=device) as found:
+        say = click.echo if found.is_first else lambda line: None
+        report(driver.sweep_here(found, states, settings, say, known), 0, found.where, found)
