@@ -25,8 +25,8 @@ def markdown(rows: Sequence[dict[str, Any]], summary: dict[str, Any], settings: 
         "# Exchanges, measured and predicted",
         "",
         f"One forward exchange of one layer, {settings.kind} transition, {settings.layout}: median over at most "
-        f"{settings.repeats} repeats of the slowest rank, ms; in brackets the model's prediction from the links that were "
-        "measured in the same cell.",
+        f"{settings.repeats} repeats of the slowest rank, ms; in brackets the model's prediction from the links "
+        "that were measured in the same cell.",
         "",
         *table(("", ""), [(name, _value(value)) for name, value in _facts_of(summary)]),
         "",

@@ -27,6 +27,7 @@ from lasp.parallel.mesh import Mesh
 SIZES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 _SMALL, _MANY, _FEW = 1 << 16, 15, 5  # up to so many bytes, rounds; of larger ones
 _LEAST_S, _FASTEST = 1e-7, 1e13  # a fitted latency or rate beyond is none
+_HOPS = 5
 _TINY = 1 << 10  # a state whose exchange is all overhead
 
 
@@ -55,12 +56,11 @@ def measure_fabric(ranks: Ranks, name: str, source: str, *, sizes: Sequence[int]
     fabric = Fabric(name, links["within"], links["between"], _interfaces(ranks), 0.0, source)
 
     if _one_machine(ranks):
-        answers = ranks.ask(f"{__name__}:pass_on", sizes=list(sizes))
-        together = {size: statistics.median(map(max, zip(*(a[i] for a in answers)))) for i, size in enumerate(sizes)}
+        together = _pass_on_seconds(ranks, sizes)
         points["all at once"] = together
-        slowest = {s: max(links[level].seconds(s) for level in points if level in links) for s in sizes}
-        extra = {size: (seconds - slowest[size]) / ranks.size for size, seconds in together.items()}
-        message_s, byte_s = _nonnegative_line(extra, weights={s: ranks.size / t for s, t in together.items()})
+        alone = {size: max(links[level].seconds(size) for level in points if level in links) for size in sizes}
+        extra = {size: (seconds - alone[size]) / ranks.size for size, seconds in together.items()}
+        message_s, byte_s = _nonnegative_line(extra, weights={s: 1 / t for s, t in together.items()})
         fabric = replace(fabric, message_s=message_s, byte_s=byte_s)
 
     case = Case(counts, _TINY, 0)
@@ -90,24 +90,40 @@ def ping_pong(mesh: Mesh, *, pair: Sequence[int], sizes: Sequence[int]) -> list[
     return times
 
 
-def pass_on(mesh: Mesh, *, sizes: Sequence[int]) -> list[list[float]]:
-    """Seconds until this rank has sent a message to the next rank and got one from the last, all at once."""
+def pass_on(mesh: Mesh, *, sizes: Sequence[int], hops: int) -> list[list[float]]:
+    """Seconds in which this rank ``hops`` times has sent a message to the next rank and got one from the last."""
     times, after, before = [], (mesh.rank + 1) % mesh.world_size, (mesh.rank - 1) % mesh.world_size
     for size in sizes:
         x, found = torch.zeros(max(1, size // 4), device=mesh.device), []
-        for _ in range(_rounds(size) + 1):
+        for _ in range(_FEW + 1):
             mesh.any(False)
             started = time.perf_counter()
-            _transfer(mesh, x, to=after, of=before)
+            for _ in range(hops):
+                _transfer(mesh, x, to=after, of=before)
             found.append(time.perf_counter() - started)
         times.append(found[1:])
     return times
 
 
+def _pass_on_seconds(ranks: Ranks, sizes: Sequence[int]) -> dict[int, float]:
+    """Of one hop of all ranks at once: of many hops less that of one, so that leaving a barrier is no part of it."""
+    few, many = (
+        [
+            statistics.median(map(max, zip(*times)))
+            for times in zip(*ranks.ask(f"{__name__}:pass_on", sizes=list(sizes), hops=hops))
+        ]
+        for hops in (1, _HOPS)
+    )
+    return {size: max((long - short) / (_HOPS - 1), _LEAST_S) for size, short, long in zip(sizes, few, many)}
+
+
 def fit_link(points: dict[int, float]) -> Link:
-    """The link whose times are nearest to the measured ones in proportion: latency and rate of a weighted line."""
-    latency, per_byte = _nonnegative_line(points, {size: 1 / seconds for size, seconds in points.items()})
-    return Link(max(latency, _LEAST_S), 1 / max(per_byte, 1 / _FASTEST))
+    """Latency: of the smallest message. Rate: of the line from there that is nearest to the others, large ones most."""
+    smallest = min(points)
+    latency = max(points[smallest], _LEAST_S)
+    rest = {size - smallest: seconds - latency for size, seconds in points.items() if size > smallest}
+    per_byte = sum(n * t for n, t in rest.items()) / sum(n * n for n in rest)
+    return Link(latency, 1 / max(per_byte, 1 / _FASTEST))
 
 
 def _nonnegative_line(points: dict[int, float], weights: dict[int, float]) -> tuple[float, float]:

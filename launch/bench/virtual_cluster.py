@@ -26,8 +26,7 @@ PORT = 29400  # of rank 0's store: no other program shares the namespace
 MAX_HOSTS = 64
 _PREFIX = "laspvc"
 _SUBNET = "10.77.0"
-_BURST_S = 1e-3  # an idle link saves up so much: a late timer on a busy machine loses nothing
-_MIN_BURST, _GSO = 17_000, 16_384  # bytes: above what a host hands to its link in one piece
+_PIECE_S, _PIECES = 1e-3, (16_384, 65_536)  # a host hands its link so many seconds in one piece, within these bytes
 _QUEUE = 8 * 2**20  # bytes that wait for a link: more than the windows of its senders, so that nothing is dropped
 _TIMEOUT_S = 20
 _counter = itertools.count()
@@ -85,24 +84,29 @@ class VirtualCluster:
             _run("ip", "netns", "add", name)
         lines = ["link add br0 type bridge", "link set br0 up"]
         for n, name in enumerate(self.names):
-            lines += [f"link add h{n} type veth peer name eth0 netns {name}", f"link set h{n} master br0"]
-            lines += [f"link set h{n} gso_max_size {_GSO}", f"link set h{n} up"]
+            lines += [f"link add h{n} type veth peer name eth0 netns {name}"]
+            lines += [f"link set h{n} master br0", f"link set h{n} up"]
         _batch("ip", "-n", self._switch, lines=lines)
         for name, address in zip(self.names, self.addresses, strict=True):
-            up = ["link set lo up", f"addr add {address}/24 dev eth0", f"link set eth0 gso_max_size {_GSO}"]
-            _batch("ip", "-n", name, lines=[*up, "link set eth0 up"])
+            _batch("ip", "-n", name, lines=["link set lo up", f"addr add {address}/24 dev eth0", "link set eth0 up"])
             # an idle connection of a training job does not forget how fast the link is
             keep = "echo 0 > /proc/sys/net/ipv4/tcp_slow_start_after_idle"
             _run("ip", "netns", "exec", name, "sh", "-c", keep)
         self._limit("add")
 
     def _limit(self, verb: str) -> None:
-        burst = max(_MIN_BURST, int(self.bits_per_s / 8 * _BURST_S))
-        rule = f"root tbf rate {int(self.bits_per_s)}bit burst {burst} limit {_QUEUE}"
+        """Token buckets that hold little more than one piece: an idle link saves up no more than about a millisecond.
+
+        Pieces as large as that, since a smaller one costs the machine's processors what the links should cost alone.
+        """
+        piece = int(min(max(self.bits_per_s / 8 * _PIECE_S, _PIECES[0]), _PIECES[1]))
+        rule = f"root tbf rate {int(self.bits_per_s)}bit burst {int(1.1 * piece)} limit {_QUEUE}"
         ports = [f"qdisc {verb} dev h{n} {rule}" for n in range(len(self.names))]
         _batch("ip", "netns", "exec", self._switch, "tc", lines=ports)
         for name in self.names:
             _batch("ip", "netns", "exec", name, "tc", lines=[f"qdisc {verb} dev eth0 {rule}"])
+            # open connections learn the new size of a piece when they look up their route again
+            _batch("ip", "-n", name, lines=[f"link set eth0 gso_max_size {piece}", "route flush cache"])
 
 
 def why_not() -> str | None:
