@@ -42,6 +42,10 @@ class ChainPlan:
         documents: document of each own segment.
         begins, ends: whether each own segment begins / ends its document.
         finals: per document, the forward slots of its whole chain; empty when final states are not asked for.
+        causal: whether a document is read in order.
+        ending: own segments that end a document, in the order of the documents.
+        ends_per_rank: how many documents end on each rank.
+        ends_in_order: the documents with tokens, by the rank where they end, then in their order.
     """
 
     forward: Slots
@@ -53,6 +57,10 @@ class ChainPlan:
     begins: tuple[bool, ...]
     ends: tuple[bool, ...]
     finals: tuple[tuple[int, ...], ...]
+    causal: bool
+    ending: tuple[int, ...]
+    ends_per_rank: tuple[int, ...]
+    ends_in_order: tuple[int, ...]
 
     @classmethod
     def make(cls, layout: SequenceLayout, cp_rank: int, *, causal: bool, final_states: bool) -> ChainPlan:
@@ -88,6 +96,7 @@ class ChainPlan:
             before.append(tuple(slot_of[key(s)] for s in earlier))
             after.append(tuple((grad_slot_of[key(s)], slot_of.get(key(s))) for s in later))
         own = ranks[cp_rank]
+        ends = [sorted((s.document, i) for i, s in enumerate(segments) if s.ends_document) for segments in ranks]
         chains = layout.chains if final_states else ()
         return cls(
             forward,
@@ -99,6 +108,10 @@ class ChainPlan:
             tuple(s.begins_document for s in own),
             tuple(s.ends_document for s in own),
             tuple(tuple(slot_of[key(s)] for s in chain) for chain in chains),
+            causal,
+            tuple(i for _, i in ends[cp_rank]),
+            tuple(map(len, ends)),
+            tuple(document for found in ends for document, _ in found),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp.chains import ChainPlan
-from lasp.exchange import EXCHANGES
+from lasp.exchange import AUTO, EXCHANGES
+from lasp.fabric import PRESETS, Fabric
+from lasp.hosts import node_ids
 from lasp.kernels.segments import SegmentTable, to_device
 from lasp.layout import Segment, SequenceLayout
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from lasp.recompute import ExchangeTape
 
 T = TypeVar("T")
+SOFTMAX_EXCHANGES = ("all_gather", "ring", "ulysses")
 
 
 class CPContext:
@@ -27,13 +31,20 @@ class CPContext:
     Args:
         layout: who owns which tokens, and the packed documents.
         group: the cp_group; None is the default group.
-        exchange: how state maps become entry states: ``all_gather`` (LASP-2, arXiv 2502.07563).
-        nodes, fabric, wire_dtype: settings of exchanges that choose by topology or compress the wire. ``all_gather``
-            has no use for them, so anything but None is refused.
+        exchange: how linear layers turn state maps into entry states: ``all_gather`` (LASP-2), ``ring`` (LASP-1),
+            ``all_scan`` (ZeCO), ``log_scan``, ``hierarchical``, or ``auto``: the one that is predicted to be fastest
+            on ``fabric`` for each kind of layer. All give the same numbers.
+        nodes: the node of each cp rank, for ``hierarchical`` and wherever ``fabric`` is given. None: asked once per
+            group, from host names, by one all-gather.
+        fabric: the links, for ``auto``; for ``all_scan`` and ``hierarchical`` it sets the number of slices. A
+            :class:`~lasp.fabric.Fabric`, the name of a preset, or a file of measurements.
+        wire_dtype: ``torch.bfloat16`` halves the states on the wire, at 2^-9 relative per rounding: once for
+            ``all_gather``, once per hop in a chain. None: as they are.
+        softmax_exchange: what softmax layers of a model use: ``all_gather`` (LASP-2H), ``ring``, ``ulysses``.
 
     Raises:
-        ValueError: no layout; a group whose size is not the layout's cp_size; an unknown exchange; an option without
-            effect.
+        ValueError: no layout; a group whose size is not the layout's cp_size; an unknown exchange or fabric; ``auto``
+            without a fabric; an option without effect; node ids that are not one per rank.
     """
 
     def __init__(
@@ -43,19 +54,16 @@ class CPContext:
         exchange: str = "all_gather",
         *,
         nodes: Sequence[int] | None = None,
-        fabric: object | None = None,
+        fabric: Fabric | str | Path | None = None,
         wire_dtype: torch.dtype | None = None,
+        softmax_exchange: str = "all_gather",
     ):
         if not isinstance(layout, SequenceLayout):
             raise ValueError(
                 f"layout must be a SequenceLayout, got {layout!r:.80}. Make one: "
                 "SequenceLayout.contiguous(cu_seqlens_or_length, cp_size)."
             )
-        if exchange not in EXCHANGES:
-            raise ValueError(f"exchange must be one of {tuple(EXCHANGES)}, got {exchange!r}.")
-        for name, value in (("nodes", nodes), ("fabric", fabric), ("wire_dtype", wire_dtype)):
-            if value is not None:
-                raise ValueError(f"{name} has no effect on exchange={exchange!r}; leave it None, got {value!r}.")
+        _check_exchange(exchange, nodes, fabric, wire_dtype, softmax_exchange)
         if group is None and not dist.is_initialized():
             raise ValueError(
                 "group is None, the default process group, but torch.distributed is not initialised. "
@@ -67,8 +75,18 @@ class CPContext:
                 f"the group must have as many ranks as the layout: layout.cp_size = {layout.cp_size}, group size "
                 f"{size}. Build the layout with cp_size={size} or pass the cp_group."
             )
+        if nodes is not None and len(nodes) != size:
+            raise ValueError(
+                f"nodes must hold the node of each rank of the group: {size} ranks, got {len(nodes)} entries. Leave "
+                "it None to ask the hosts."
+            )
         self.layout, self.group, self.exchange = layout, group, exchange
+        self.softmax_exchange, self.wire_dtype = softmax_exchange, wire_dtype
+        self.fabric = None if fabric is None else Fabric.of(fabric)
         self.cp_rank, self.cp_size = dist.get_rank(group), size
+        self.nodes = None if nodes is None else tuple(nodes)
+        if self.nodes is None and (exchange != "all_gather" or softmax_exchange == "ring"):
+            self.nodes = node_ids(group)  # also NCCL's first collective, which must be one of all ranks
         self.tape: ExchangeTape | None = None
         self._made: dict[Hashable, object] = {}
         self._replaceable = False
@@ -91,6 +109,7 @@ class CPContext:
             raise ValueError(f"CPContext.local needs a layout of one rank, got cp_size = {layout.cp_size}.")
         self = cls.__new__(cls)
         self.layout, self.group, self.exchange = layout, None, "all_gather"
+        self.softmax_exchange, self.wire_dtype, self.fabric, self.nodes = "all_gather", None, None, (0,)
         self.cp_rank, self.cp_size = 0, 1
         self.tape = None
         self._made = {}
@@ -196,3 +215,22 @@ class CPContext:
                 f"{name} must have B = 1 when the layout packs more than one document: B = {x.shape[0]}, "
                 f"{self.layout.num_documents} documents. Concatenate the rows into one stream."
             )
+
+
+def _check_exchange(exchange, nodes, fabric, wire_dtype, softmax_exchange) -> None:
+    """Refuse what cannot be, and options that would have no effect."""
+    if exchange not in (*EXCHANGES, AUTO):
+        raise ValueError(f"exchange must be one of {(*EXCHANGES, AUTO)}, got {exchange!r}.")
+    if softmax_exchange not in SOFTMAX_EXCHANGES:
+        raise ValueError(f"softmax_exchange must be one of {SOFTMAX_EXCHANGES}, got {softmax_exchange!r}.")
+    if exchange == AUTO and fabric is None:
+        raise ValueError(
+            f"exchange='auto' chooses by the links between ranks: fabric must name a preset, {', '.join(PRESETS)}, or "
+            f"a file that `lasp bench fabric` wrote, got None. Or name one of {tuple(EXCHANGES)}."
+        )
+    if fabric is not None and exchange not in (AUTO, "all_scan", "hierarchical"):
+        raise ValueError(f"fabric has no effect on exchange={exchange!r}; leave it None, got {fabric!r:.80}.")
+    if nodes is not None and exchange != "hierarchical" and fabric is None:
+        raise ValueError(f"nodes has no effect on exchange={exchange!r}; leave it None, got {nodes!r:.80}.")
+    if wire_dtype not in (None, torch.bfloat16):
+        raise ValueError(f"wire_dtype must be torch.bfloat16 or None, got {wire_dtype!r}.")

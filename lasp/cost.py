@@ -227,7 +227,7 @@ def _reason(
     second = min((e for e in found if e.exchange != taken.exchange), key=lambda e: e.seconds)
     covered = f", of which {_time(exposed)} are not hidden by {_time(hidden)} of local work" if hidden else ""
     return (
-        f"{taken.exchange}{cut} is predicted to take {_time(taken.seconds)} for a state of {case.state_bytes / 2**20:.3g} MiB "
+        f"{taken.exchange}{cut} should take {_time(taken.seconds)} for a state of {case.state_bytes / 2**20:.3g} MiB "
         f"between {where}{covered}; next is {second.exchange} with {_time(second.seconds)}."
     )
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from lasp.chains import ChainPlan
 from lasp.checks import check_not_empty, check_scale, check_tensors, context_of
 from lasp.context import CPContext
-from lasp.exchange import EXCHANGES
+from lasp.exchange import new_exchange
 from lasp.kernels import chunked
 from lasp.kernels.chunked import num_heads
 from lasp.kernels.reference import recurrence
@@ -113,7 +113,7 @@ class _LinearAttention(torch.autograd.Function):
         if replaying:
             exchange, entry, finals = cp.tape.read()
         else:
-            exchange = EXCHANGES[cp.exchange](cp, plan)
+            exchange = new_exchange(cp, plan, maps, fixed)
             exchange.start(_with_initial(maps, plan, initial), fixed)
         entered = _marked(plan.before, plan.begins if initial is not None else (), causal)
         if not alone:

@@ -119,16 +119,15 @@ def exchange(
     output: Path,
 ) -> None:
     """Time every exchange beside the cost model's prediction, here or over a sweep of virtual clusters."""
-    from lasp.exchange import EXCHANGES
     from lasp.fabric import Fabric
     from lasp.launch.bench import exchange as driver
     from lasp.launch.bench import exchange_report, options
-    from lasp.launch.bench.exchange_cell import KINDS, heads_of
+    from lasp.launch.bench.exchange_cell import KINDS, NAMES, heads_of
     from lasp.launch.bench.ranks import found_ranks
     from lasp.launch.bench.results import facts, write_report
 
     (kind,) = options.names("--kind", kind, KINDS)
-    wanted = tuple(EXCHANGES) if exchanges is None else options.names("--exchanges", exchanges, EXCHANGES)
+    wanted = NAMES if exchanges is None else options.names("--exchanges", exchanges, NAMES)
     settings = driver.Settings(wanted, repeats, kind, layout, skip_above, limit)
     states = options.sizes("--sizes", sizes)
     for state in states:

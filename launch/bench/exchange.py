@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lasp.cost import EXCHANGES as MODELLED
 from lasp.cost import choose, estimate
-from lasp.exchange import EXCHANGES
+from lasp.exchange import AUTO
 from lasp.fabric import Fabric
-from lasp.launch.bench.exchange_cell import TOLERANCE, answers_of, case_of, difference
+from lasp.launch.bench.exchange_cell import NAMES, TOLERANCE, answers_of, case_of, difference
 from lasp.launch.bench.fabric import measure_fabric
 from lasp.launch.bench.options import readable, readable_rate
 from lasp.launch.bench.ranks import MAX_PROCESSES, Ranks, virtual_ranks
@@ -54,7 +53,7 @@ class Settings:
     """How a sweep measures.
 
     Attributes:
-        exchanges: names; those of :data:`lasp.exchange.EXCHANGES`.
+        exchanges: names; those of :data:`lasp.exchange.EXCHANGES` and ``auto``.
         repeats: of each exchange in a cell, at most.
         kind: of transition: identity, scalar, diagonal, dense.
         layout: contiguous or zigzag.
@@ -62,7 +61,7 @@ class Settings:
         limit_s: of the whole sweep; cells that it does not reach are listed.
     """
 
-    exchanges: Sequence[str] = tuple(EXCHANGES)
+    exchanges: Sequence[str] = NAMES
     repeats: int = 5
     kind: str = "diagonal"
     layout: str = "contiguous"
@@ -143,14 +142,12 @@ def measure_cell(
     row["auto"] = {"chose": chosen.exchange, "slices": chosen.slices, "reason": chosen.reason}
     expected: list[list[float]] | None = None
     for name in settings.exchanges:
-        modelled = chosen if name == "auto" else estimate(name, case, fabric) if name in MODELLED else None
-        predicted = None if modelled is None else modelled.seconds
-        if predicted is not None and predicted > settings.skip_above_s:
+        modelled = chosen if name == AUTO else estimate(name, case, fabric)
+        predicted = modelled.seconds
+        if predicted > settings.skip_above_s:
             row["skipped"][name] = f"predicted {predicted:.1f} s > {settings.skip_above_s:g} s"
             continue
-        repeats = settings.repeats
-        if predicted:
-            repeats = max(_LEAST_REPEATS, min(repeats, int(_PER_EXCHANGE_S / predicted)))
+        repeats = max(_LEAST_REPEATS, min(settings.repeats, int(_PER_EXCHANGE_S / max(predicted, 1e-6))))
         own = {"state_bytes": cell.state_bytes, "kind": settings.kind, "layout": settings.layout, "fabric": fabric}
         times, samples = answers_of(ranks, name, repeats=repeats, **own)
         expected = expected or samples
@@ -163,7 +160,7 @@ def measure_cell(
             "seconds": statistics.median(times),
             "repeats": times,
             "predicted_s": predicted,
-            "slices": None if modelled is None else modelled.slices,
+            "slices": modelled.slices,
             "difference": error,
         }
     say(_line(cell, row))
@@ -189,13 +186,13 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         measured = {name: found["seconds"] for name, found in row["exchanges"].items()}
         for name, found in row["exchanges"].items():
-            if found["predicted_s"] is not None and name != "auto":
+            if name != AUTO:
                 errors.setdefault(name, []).append(abs(found["predicted_s"] / found["seconds"] - 1))
-        fixed = {name: seconds for name, seconds in measured.items() if name != "auto"}
-        if "auto" in measured and fixed:
-            ratios.append(measured["auto"] / min(fixed.values()))
+        fixed = {name: seconds for name, seconds in measured.items() if name != AUTO}
+        if AUTO in measured and fixed:
+            ratios.append(measured[AUTO] / min(fixed.values()))
             if "all_gather" in fixed:
-                speedups.append(fixed["all_gather"] / measured["auto"])
+                speedups.append(fixed["all_gather"] / measured[AUTO])
     everything = [error for found in errors.values() for error in found]
     return {
         "cells": len(rows),

@@ -14,12 +14,14 @@ import torch
 
 from lasp import CPContext, SequenceLayout
 from lasp.cost import Case
-from lasp.exchange import EXCHANGES
+from lasp.exchange import AUTO, EXCHANGES, new_exchange
 from lasp.fabric import Fabric, Link
 from lasp.kernels.state import StateMap
 from lasp.launch.bench.ranks import Ranks
 from lasp.parallel.mesh import Mesh
 
+NAMES = (*EXCHANGES, AUTO)
+_BY_FABRIC = ("all_scan", "hierarchical", AUTO)  # take their slices from a fabric
 KINDS = ("identity", "scalar", "diagonal", "dense")
 LAYOUTS = ("contiguous", "zigzag")
 DIM = 64  # K = V of a head
@@ -103,7 +105,7 @@ def measure(
         for _ in range(repeats + 1):
             mesh.any(False)
             started = time.perf_counter()
-            one = EXCHANGES[exchange](cp, plan)
+            one = new_exchange(cp, plan, maps, None)
             one.start(maps, None)
             entry, _ = one.wait(None)
             if mesh.device.type == "cuda":
@@ -115,12 +117,10 @@ def measure(
 
 def _context(mesh: Mesh, exchange: str, nodes: Sequence[int], fabric: dict[str, Any] | None, layout: str) -> CPContext:
     cut = getattr(SequenceLayout, layout)(4 * mesh.world_size, mesh.world_size)
-    if exchange == "all_gather":  # has no use for a topology
+    if exchange not in _BY_FABRIC or fabric is None:
         return CPContext(cut, mesh.cp_group, exchange)
-    built = None
-    if fabric is not None:
-        built = Fabric(**{**fabric, **{level: Link(**fabric[level]) for level in ("within", "between")}})
-    return CPContext(cut, mesh.cp_group, exchange, nodes=tuple(nodes), fabric=built if exchange == "auto" else None)
+    built = Fabric(**{**fabric, **{level: Link(**fabric[level]) for level in ("within", "between")}})
+    return CPContext(cut, mesh.cp_group, exchange, nodes=nodes, fabric=built)
 
 
 def _maps(mesh: Mesh, state_bytes: int, kind: str, segments: int) -> StateMap:

@@ -62,8 +62,7 @@ def _value(value: Any) -> str:
 def _shown(found: dict[str, Any] | None) -> str:
     if found is None:
         return "-"
-    predicted = "" if found["predicted_s"] is None else f" ({1e3 * found['predicted_s']:.1f})"
-    return f"{1e3 * found['seconds']:.1f}{predicted}"
+    return f"{1e3 * found['seconds']:.1f} ({1e3 * found['predicted_s']:.1f})"
 
 
 def draw(figure: Any, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
@@ -76,7 +75,7 @@ def draw(figure: Any, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> N
         points = [
             (row["exchanges"][name]["seconds"], row["exchanges"][name]["predicted_s"])
             for row in run
-            if name in row["exchanges"] and row["exchanges"][name]["predicted_s"] is not None
+            if name in row["exchanges"]
         ]
         if points:
             left.plot(*zip(*points), "o", ms=4, alpha=0.7, color=colours[name], label=name)

@@ -15,8 +15,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from lasp import comm
 from lasp.cost import Case, estimate
 from lasp.fabric import Fabric, Link
 from lasp.launch.bench.exchange_cell import seconds_of
@@ -213,12 +213,9 @@ def _one_machine(ranks: Ranks) -> bool:
 
 def _transfer(mesh: Mesh, x: torch.Tensor, *, to: int | None, of: int | None) -> None:
     """Send ``x`` and receive a tensor like it, at once, and wait for both."""
-    works = []
-    if to is not None:
-        works.append(dist.P2POp(dist.isend, x, to))
-    if of is not None:
-        works.append(dist.P2POp(dist.irecv, torch.empty_like(x), of))
-    for work in dist.batch_isend_irecv(works):
-        work.wait()
+    messages, got = comm.Messages(mesh.cp_group, "bench"), torch.empty_like(x)
+    sends, receives = ([] if peer is None else [(peer, y)] for peer, y in ((to, x), (of, got)))
+    messages.wait(messages.post(sends, receives))
+    messages.close()
     if mesh.device.type == "cuda":
         torch.cuda.synchronize(mesh.device)

@@ -33,6 +33,8 @@ class Case:
     fragments: tuple = ()
     impl: str = "auto"
     seed: int = 0
+    exchange: str = "all_gather"
+    nodes: tuple[int, ...] | None = None
 
     def make_layout(self, cp_size: int) -> SequenceLayout:
         if self.fragments:
@@ -99,17 +101,23 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
     return out
 
 
-def errors(group, case: Case, device: str = "cpu") -> dict[str, float]:
-    """Relative error of this rank's part of every output and gradient; shares of replicated values are summed."""
+PER_TOKEN = {"q", "k", "v", "do"}
+
+
+def _per_token(case: Case) -> set[str]:
+    return PER_TOKEN | ({"g"} if case.gate in ("token", "channel") else set())
+
+
+def results(group, case: Case, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """This rank's part of every output and gradient in float64; shares of replicated values are summed."""
     size = torch.distributed.get_world_size(group) if group is not None else 1
     layout = case.make_layout(size)
-    cp = CPContext(layout, group) if group is not None else CPContext.local(layout)
-    want, x = expected(case), case.inputs()
-    per_token = {"q", "k", "v", "do"} | ({"g"} if case.gate in ("token", "channel") else set())
-    local = {}
+    local_cp = CPContext.local(layout) if group is None else None
+    cp = local_cp or CPContext(layout, group, case.exchange, nodes=case.nodes)
+    x, local = case.inputs(), {}
     for name, t in x.items():
         if t is not None:
-            t = layout.shard(t, cp.cp_rank) if name in per_token else t
+            t = layout.shard(t, cp.cp_rank) if name in _per_token(case) else t
             dtype = case.dtype if name != "ds" else torch.promote_types(case.dtype, torch.float32)
             local[name] = t.to(device, dtype).requires_grad_(name not in ("do", "ds"))
     states = local.get("initial_state")
@@ -125,17 +133,27 @@ def errors(group, case: Case, device: str = "cpu") -> dict[str, float]:
     actual = {"o": o, **{"d" + n: t.grad for n, t in local.items() if t.requires_grad}}
     if case.causal:
         actual["final_state"] = final
-    result = {}
     for name, value in actual.items():
         value = value.detach().double()  # on the device still: shares are summed there
-        target = want[name]
-        if name[1:] in per_token or name == "o":
-            target = layout.shard(target, cp.cp_rank)
-        elif name in ("dg", "dinitial_state") and group is not None and size > 1:
+        shared = name in ("dg", "dinitial_state") and name[1:] not in _per_token(case)
+        if shared and group is not None and size > 1:
             torch.distributed.all_reduce(value, group=group)
+        actual[name] = value.cpu()
+    return actual
+
+
+def errors(group, case: Case, device: str = "cpu") -> dict[str, float]:
+    """Relative error of this rank's part of every output and gradient."""
+    size = torch.distributed.get_world_size(group) if group is not None else 1
+    rank = torch.distributed.get_rank(group) if group is not None else 0
+    layout, want, result = case.make_layout(size), expected(case), {}
+    for name, value in results(group, case, device).items():
+        target = want[name]
+        if name[1:] in _per_token(case) or name == "o":
+            target = layout.shard(target, rank)
         scale = max(want[name].abs().max().item(), want["terms"].item() if name == "dg" else 0.0, 1e-30)
         assert value.shape == target.shape, f"{case.label} {name}: {tuple(value.shape)} is not {tuple(target.shape)}"
-        difference = (value.cpu() - target).abs()
+        difference = (value - target).abs()
         result[name] = (difference.max().item() if value.numel() else 0.0) / scale
         assert not difference.isnan().any(), f"{case.label} {name}: NaN"
     return result
