@@ -63,7 +63,7 @@ class CPContext:
                 f"layout must be a SequenceLayout, got {layout!r:.80}. Make one: "
                 "SequenceLayout.contiguous(cu_seqlens_or_length, cp_size)."
             )
-        _check_exchange(exchange, nodes, fabric, wire_dtype, softmax_exchange)
+        check_exchange(exchange, nodes, fabric, wire_dtype, softmax_exchange)
         if group is None and not dist.is_initialized():
             raise ValueError(
                 "group is None, the default process group, but torch.distributed is not initialised. "
@@ -217,7 +217,7 @@ class CPContext:
             )
 
 
-def _check_exchange(exchange, nodes, fabric, wire_dtype, softmax_exchange) -> None:
+def check_exchange(exchange, nodes, fabric, wire_dtype, softmax_exchange) -> None:
     """Refuse what cannot be, and options that would have no effect."""
     if exchange not in (*EXCHANGES, AUTO):
         raise ValueError(f"exchange must be one of {(*EXCHANGES, AUTO)}, got {exchange!r}.")

@@ -140,7 +140,7 @@ def log_scan(case: Case, fabric: Fabric) -> Traffic:
     owners = _sweeps(case.ranks, case.fragments)
     phases, messages, sent = [], [0] * case.ranks, [0] * case.ranks
     for step in _doubling(len(owners), owners):
-        inside, leaving = [0] * case.ranks, [[] for _ in case.nodes]
+        inside, crossing = [0] * case.ranks, [([], []) for _ in case.nodes]  # sizes out of a node, into it
         for sender, receiver, with_transition in step:
             size = case.state_bytes + (case.transition_bytes if with_transition else 0)
             messages[sender] += 1
@@ -148,12 +148,12 @@ def log_scan(case: Case, fabric: Fabric) -> Traffic:
             if home[sender] == home[receiver]:
                 inside[sender] += size
             else:
-                leaving[home[sender]].append(size)
+                crossing[home[sender]][0].append(size)
+                crossing[home[receiver]][1].append(size)
         waits = [Phase(fabric.within, max(inside))] if any(inside) else []
-        for ranks, sizes in zip(case.nodes, leaving, strict=True):
-            if sizes:
-                used = min(fabric.nics_per_node, ranks)
-                waits.append(Phase(fabric.between, max(sizes), ceil(len(sizes) / used)))
+        for ranks, ways in zip(case.nodes, crossing, strict=True):
+            used = min(fabric.nics_per_node, ranks)
+            waits += [Phase(fabric.between, max(sizes), ceil(len(sizes) / used)) for sizes in ways if sizes]
         phases += _slowest(waits)
     return Traffic(phases, sum(messages), sum(sent), max(messages), max(sent))
 
@@ -195,13 +195,16 @@ def _scan_over_nodes(
         return phases if count > 1 else [], [h * slices for h in hops], [h * size for h in hops]
     phases, messages, sent = [], [0] * count, [0.0] * count
     for step in _doubling(len(owners), owners):
-        loads = [0.0] * count
-        for sender, _, with_transition in step:
+        out, into = [0.0] * count, [0.0] * count
+        for sender, receiver, with_transition in step:
+            load = size + (case.transition_bytes if with_transition else 0)
             messages[sender] += 1
-            loads[sender] += size + (case.transition_bytes if with_transition else 0)
-        sent = [before + load for before, load in zip(sent, loads, strict=True)]
+            out[sender] += load
+            into[receiver] += load
+        sent = [before + load for before, load in zip(sent, out, strict=True)]
         if step:
-            phases.append(Phase(fabric.between, max(load * s for load, s in zip(loads, sharers, strict=True))))
+            loads = (max(ways) * share for *ways, share in zip(out, into, sharers, strict=True))
+            phases.append(Phase(fabric.between, max(loads)))
     return phases, messages, sent
 
 

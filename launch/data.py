@@ -23,6 +23,7 @@ from torch import Tensor
 from lasp.launch.token_files import STDLIB, TokenFile, read_texts, stdlib_files, with_suffix, write_token_file
 from lasp.launch.tokenizer import BYTES, Tokenizer, fingerprint
 from lasp.layout import SequenceLayout
+from lasp.options import ExchangeOptions
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
 
@@ -98,14 +99,14 @@ class DataPlan:
         seq_len: tokens of a training sequence.
         batch_size: sequences per optimizer step, over all ranks.
         layout: ``contiguous`` or ``zigzag``.
-        exchange: of the cp context.
+        options: how layers exchange.
         join_documents: a sequence is one document, whatever it was packed from.
     """
 
     seq_len: int
     batch_size: int
     layout: str = "contiguous"
-    exchange: str = "all_gather"
+    options: ExchangeOptions | None = None
     join_documents: bool = False
 
     @property
@@ -138,7 +139,7 @@ class DataPlan:
         """This rank's part of a sequence, every cp rank having made the same one."""
         make = getattr(SequenceLayout, self.layout)
         layout = make(len(sequence.tokens) if self.join_documents else sequence.cu_seqlens, mesh.cp_size)
-        return Batch.cut(sequence.tokens[None], layout, mesh, exchange=self.exchange)
+        return Batch.cut(sequence.tokens[None], layout, mesh, options=self.options)
 
     def step_batches(self, stream: PackedStream, first_token: int, mesh: Mesh) -> list[Batch]:
         """This rank's micro batches of the step that begins at stream token ``first_token``."""

@@ -21,6 +21,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from lasp.config import MixerConfig, ModelConfig
+from lasp.fabric import PRESETS, Fabric
 from lasp.launch.sections import (
     CheckpointConfig,
     Count,
@@ -37,6 +38,7 @@ from lasp.launch.sections import (
 from lasp.launch.token_files import STDLIB
 from lasp.launch.tokenizer import BYTES, load_tokenizer
 from lasp.launch.yaml_text import parse_yaml
+from lasp.options import ExchangeOptions
 from lasp.parallel.files import reading
 from lasp.parallel.zero import check_available
 
@@ -63,7 +65,12 @@ class RunConfig(Section):
         backend: ``native``, or ``megatron``: the same model on megatron-core, on CUDA devices.
         offload_activations: keep what a forward pass saves for its backward in host memory.
         device: ``auto`` takes CUDA where every local rank gets a device of its own, else the CPU.
-        layout, exchange: how a sequence is cut, how states travel.
+        layout: how a sequence is cut.
+        exchange: how the states of linear layers travel; ``auto``: as is predicted to be fastest on ``fabric``.
+        softmax_exchange: how keys and values of softmax layers without a window travel.
+        fabric: the links between ranks, for ``auto``, ``all_scan`` and ``hierarchical``: a preset's name, or a file
+            of ``lasp bench fabric``.
+        wire_dtype: ``bfloat16`` halves the states on the wire, and rounds them.
         timeout_s: how long a rank waits for another one, at the start and in a collective.
         model: fields of ModelConfig, or ``preset`` with fields on top; vocab_size defaults to the tokenizer's.
     """
@@ -82,7 +89,10 @@ class RunConfig(Section):
     launcher: Literal["local", "torchrun", "ray"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     layout: Literal["contiguous", "zigzag"] = "contiguous"
-    exchange: Literal["all_gather"] = "all_gather"
+    exchange: Literal["all_gather", "ring", "all_scan", "log_scan", "hierarchical", "auto"] = "all_gather"
+    softmax_exchange: Literal["all_gather", "ring", "ulysses"] = "all_gather"
+    fabric: str | None = None
+    wire_dtype: Literal["bfloat16"] | None = None
     timeout_s: Annotated[Positive, Field(ge=MIN_TIMEOUT_S, le=MAX_TIMEOUT_S)] = 600.0
     model: Annotated[ModelConfig, BeforeValidator(ModelConfig.from_dict)]
     data: DataConfig = DataConfig()
@@ -135,6 +145,7 @@ class RunConfig(Section):
                 "torchrun out."
             )
         self._check_ray()
+        self._check_exchange()
         if not self.model.causal:
             raise ValueError(
                 "model.mixer.causal=false is an encoder; this objective predicts the next token. "
@@ -188,6 +199,28 @@ class RunConfig(Section):
                 f"ray.gpus_per_worker = {ray.gpus_per_worker} does not go with device={self.device}. Leave it out."
             )
 
+    def _check_exchange(self) -> None:
+        kinds = self.model.layer_kinds
+        for key, kind, name in (("exchange", "L", "linear"), ("softmax_exchange", "S", "softmax")):
+            if getattr(self, key) != "all_gather" and kind not in kinds:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} has no effect on model.pattern={self.model.pattern}: it has no {name} "
+                    f"layer. Leave {key} out."
+                )
+        if self.wire_dtype and "L" not in kinds:
+            raise ValueError(
+                f"wire_dtype={self.wire_dtype} has no effect on model.pattern={self.model.pattern}: it has no linear "
+                "layer. Leave it out."
+            )
+        _ = self.exchange_options  # a fabric that cannot be found, or has no effect
+
+    @property
+    def exchange_options(self) -> ExchangeOptions:
+        """How the layers exchange."""
+        fabric = None if self.fabric is None else Fabric.of(self.fabric)
+        dtype = None if self.wire_dtype is None else getattr(torch, self.wire_dtype)
+        return ExchangeOptions(self.exchange, self.softmax_exchange, fabric, dtype)
+
     @property
     def ranks_per_sequence(self) -> int:
         """Ranks that hold one copy of the model and work on the same sequences: tp x pp x cp."""
@@ -207,6 +240,8 @@ class RunConfig(Section):
         values = self.plain()
         data, checkpoint = values["data"], values["checkpoint"]
         values["run_dir"] = os.path.abspath(values["run_dir"])
+        if self.fabric is not None and self.fabric not in PRESETS:
+            values["fabric"] = os.path.abspath(self.fabric)
         for key, word in (("source", STDLIB), ("tokenizer", BYTES)):
             data[key] = data[key] if data[key] == word else os.path.abspath(data[key])
         if isinstance(checkpoint["resume"], str):

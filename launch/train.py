@@ -24,6 +24,7 @@ from lasp import comm
 from lasp.launch import run_dir
 from lasp.launch.backends import backend_mesh, make_engine
 from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
+from lasp.launch.exchanges import exchange_rows
 from lasp.launch.generate import load_model, sample_text
 from lasp.launch.preflight import check_ranks
 from lasp.launch.rendezvous import Job, choose_device, group_timeout, process_group
@@ -75,7 +76,7 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None, writers: d
     learn, held_out = split_documents(len(file), config.data.eval_fraction)
     stream = PackedStream(file, learn, config.seed, config.model.vocab_size)
     data = config.data
-    plan = DataPlan(data.seq_len, data.batch_size, config.layout, config.exchange, data.join_documents)
+    plan = DataPlan(data.seq_len, data.batch_size, config.layout, config.exchange_options, data.join_documents)
     plan.micro_steps(mesh)
     plan.check_length(stream)
     eval_batches, unmeasured = [], None
@@ -87,7 +88,8 @@ def _train(config: RunConfig, mesh: Mesh, store: Store | None = None, writers: d
     position, notes = _resume(config, engine, mesh, tokenizer, store)
 
     report = Report(config, engine.step_count, active=mesh.is_first, store=store)
-    report.table("run", _derived(config, mesh, engine, plan, stream, len(file), len(held_out)))
+    exchanges = exchange_rows(config, mesh)
+    report.table("run", _derived(config, mesh, engine, plan, stream, len(file), len(held_out), exchanges))
     for note in [*notes, *([unmeasured] if unmeasured else [])]:
         report.warn(note)
     if engine.step_count:
@@ -277,6 +279,7 @@ def _derived(
     stream: PackedStream,
     documents: int,
     held_out: int,
+    exchanges: dict[str, str],
 ) -> dict[str, str]:
     """Every number that follows from the configuration, said once."""
     model = config.model
@@ -286,6 +289,7 @@ def _derived(
         f"vocabulary {model.vocab_size}, {config.dtype}",
         "data": f"{documents - held_out:,} documents, {stream.epoch_tokens:,} tokens per epoch; {held_out} held out",
         "sequence": f"{plan.seq_len:,} tokens, about {plan.seq_len // mesh.cp_size:,} per rank, {config.layout}",
+        **exchanges,
         "step": f"{plan.batch_size} sequence(s) = {plan.step_tokens:,} tokens, {plan.micro_steps(mesh)} micro "
         "step(s) per rank",
         "run": f"{config.steps} steps = {config.steps * plan.step_tokens:,} tokens = "

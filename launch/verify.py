@@ -211,7 +211,7 @@ def first_batches(config: RunConfig, mesh: Mesh) -> tuple[Batch, list[Batch]]:
     mesh.on_first(lambda: len(open_source(config.data.source, cache, tokenizer)))
     file = open_source(config.data.source, cache, tokenizer)
     learn, held_out = split_documents(len(file), config.data.eval_fraction)
-    plan = DataPlan(config.data.seq_len, 1, config.layout, config.exchange, config.data.join_documents)
+    plan = DataPlan(config.data.seq_len, 1, config.layout, config.exchange_options, config.data.join_documents)
     stream = PackedStream(file, learn, config.seed, config.model.vocab_size)
     plan.check_length(stream)
     eval_batches = []

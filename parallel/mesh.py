@@ -24,6 +24,7 @@ from torch import Tensor
 from lasp import comm
 from lasp.context import CPContext
 from lasp.layout import SequenceLayout
+from lasp.options import ExchangeOptions
 from lasp.parallel.files import explained
 
 _EXPECTED = {"rejected": ValueError, "refused by the system": OSError}  # their message is the whole story
@@ -123,11 +124,9 @@ class Mesh:
         """Whether this rank writes files and prints."""
         return self.rank == 0
 
-    def cp_context(self, layout: SequenceLayout, exchange: str = "all_gather") -> CPContext:
+    def cp_context(self, layout: SequenceLayout, options: ExchangeOptions | None = None) -> CPContext:
         """The context of one batch on this rank's cp_group."""
-        if self.cp_size == 1:
-            return CPContext.local(layout)
-        return CPContext(layout, self.cp_group, exchange)
+        return (options or ExchangeOptions()).context(layout, self.cp_group)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over all ranks, in place: equal on every rank."""

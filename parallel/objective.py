@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from lasp import comm
 from lasp.context import CPContext
 from lasp.layout import SequenceLayout
+from lasp.options import ExchangeOptions
 from lasp.parallel.mesh import Mesh
 
 IGNORED = -100
@@ -47,13 +48,13 @@ class Batch:
         mesh: Mesh,
         *,
         loss_mask: Tensor | None = None,
-        exchange: str = "all_gather",
+        options: ExchangeOptions | None = None,
         device: torch.device | None = None,
     ) -> Batch:
         """This rank's part of whole sequences [B, T], labelled before the cut; see :func:`shift_labels`."""
         labels = shift_labels(tokens_global, layout, loss_mask)
         place = lambda x: layout.shard(x, mesh.cp_rank).to(device or mesh.device)  # noqa: E731
-        return cls(place(tokens_global), place(labels), mesh.cp_context(layout, exchange))
+        return cls(place(tokens_global), place(labels), mesh.cp_context(layout, options))
 
 
 def shift_labels(tokens_global: Tensor, layout: SequenceLayout, loss_mask: Tensor | None = None) -> Tensor:

@@ -53,9 +53,8 @@ def new_exchange(cp: CPContext, plan: ChainPlan, maps: StateMap, fixed: Tensor |
     transition = maps.log_decay if maps.matrix is None else maps.matrix
     sent = 0 if transition is None or fixed is not None else transition[0].numel()
     chosen = setting(cp, lead.numel(), sent, lead[-1], maps.state.dtype)
-    if chosen.exchange == "all_gather":
-        return AllGather(cp, plan)
-    return EXCHANGES[chosen.exchange](cp, plan, chosen.slices)
+    sliced = (chosen.slices,) if chosen.slices > 1 else ()
+    return EXCHANGES[chosen.exchange](cp, plan, *sliced)
 
 
 def setting(cp: CPContext, state: int, transition: int, value_dim: int, dtype: torch.dtype) -> Setting:

@@ -29,7 +29,8 @@ class AllGather(StateExchange):
         slots, rank = self.plan.forward, self.cp.cp_rank
         sent = [_pick(x, slots, rank) for x in (maps.log_decay, maps.matrix) if x is not None and fixed is None]
         self._dense = maps.matrix is not None
-        self._send([*sent, self._narrow(_pick(maps.state, slots, rank))], maps.state.dtype, "forward")
+        sent.append(self._narrow(_pick(maps.state, slots, rank)))
+        self._message = self._send(self._packed(sent, maps.state.dtype), "forward")
 
     def wait(self, initial: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         *rest, state = [x.flatten(0, 1) for x in self._receive()]
@@ -52,7 +53,7 @@ class AllGather(StateExchange):
     def start_backward(self, grads: Tensor, d_final: Tensor | None) -> None:
         sent = [d_final] if self.plan.finals else []
         sent.append(self._narrow(_pick(grads, self.plan.backward, self.cp.cp_rank)))
-        self._send(sent, grads.dtype, "backward")
+        self._message = self._send(self._packed(sent, grads.dtype), "backward")
 
     def wait_backward(self) -> Tensor | None:
         *rest, grads = self._receive()
@@ -71,13 +72,15 @@ class AllGather(StateExchange):
     def _narrow(self, state: Tensor) -> Tensor:
         return state if self.cp.wire_dtype is None else state.to(self.cp.wire_dtype)
 
-    def _send(self, tensors: list[Tensor], dtype: torch.dtype, direction: str) -> None:
-        """``dtype``: of the states when they arrive."""
-        message = pack(tensors, dtype.itemsize)
+    def _packed(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """The message, uint8 [n]. ``dtype``: of the tensors when they arrive."""
         self._expected = [(x.shape, x.dtype) for x in tensors], dtype
-        if self.cp.cp_size > 1:
-            message = comm.all_gather(message, self.cp.group, f"{self._place}, {direction}")
-        self._message = message
+        return pack(tensors, dtype.itemsize)
+
+    def _send(self, message: Tensor, direction: str) -> comm.Pending | Tensor:
+        if self.cp.cp_size == 1:
+            return message
+        return comm.all_gather(message, self.cp.group, f"{self._place}, {direction}")
 
     def _receive(self) -> list[Tensor]:
         """The gathered tensors, each [cp_size, *shape]."""

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lasp.context import CPContext
 from lasp.layout import SequenceLayout
+from lasp.options import ExchangeOptions
 
 Order = Literal["zigzag", "contiguous"]
 KEPT_LENGTHS = 64  # a context in use lives on without being kept
@@ -30,15 +31,16 @@ class CPContexts:
 
     Args:
         order: the order of tokens in the batch that the model receives.
+        options: how layers exchange; None: by all-gathers.
 
     Raises:
         ValueError: an unknown order.
     """
 
-    def __init__(self, order: Order = "zigzag"):
+    def __init__(self, order: Order = "zigzag", options: ExchangeOptions | None = None):
         if order not in get_args(Order):
             raise ValueError(f"order must be one of {get_args(Order)}, got {order!r}.")
-        self.order = order
+        self.order, self.options = order, options or ExchangeOptions()
         self._owned = False
         self._whole: dict[tuple[dist.ProcessGroup, int], CPContext] = {}
         self._packed = WeakTensorKeyDictionary()  # cu_seqlens -> (its version, its group, its context)
@@ -69,7 +71,7 @@ class CPContexts:
             if len(self._whole) == KEPT_LENGTHS:
                 self._whole.pop(next(iter(self._whole)))
             cut = SequenceLayout.zigzag if self.order == "zigzag" else SequenceLayout.contiguous
-            self._whole[key] = _context(cut(length * size, size), group)
+            self._whole[key] = self.options.context(cut(length * size, size), group)
         return self._whole[key]
 
     def of_packed(self, packed: PackedSeqParams, length: int, group: dist.ProcessGroup) -> CPContext:
@@ -92,7 +94,7 @@ class CPContexts:
                     f"documents, got {borders} and {keys}."
                 )
             layout = packed_layout(borders.tolist(), group.size())
-            known = (borders._version, group, _context(layout, group))
+            known = (borders._version, group, self.options.context(layout, group))
             self._packed[borders] = known
         context = known[2]
         if context.num_tokens != length:
@@ -144,10 +146,6 @@ def packed_layout(borders: list[int], cp_size: int) -> SequenceLayout:
             for at in (rank, 2 * cp_size - 1 - rank):
                 fragments[rank].append((start + at * chunk, start + (at + 1) * chunk))
     return SequenceLayout(borders, fragments)
-
-
-def _context(layout: SequenceLayout, group: dist.ProcessGroup) -> CPContext:
-    return CPContext.local(layout) if layout.cp_size == 1 else CPContext(layout, group)
 
 
 def _ranks(group: dist.ProcessGroup) -> list[int]:

@@ -11,10 +11,9 @@ from datetime import timedelta
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from lasp.exchange import AllGather
+from lasp.exchange.gather import AllGather
 from lasp.launch.cli import main
 from lasp.launch.local import RankFailure, run_local
 from lasp.launch.schema import load_config
@@ -53,13 +52,12 @@ def train_with_fault(config, fault, rank="1"):
                 os.kill(os.getpid(), getattr(signal, fault))
         return forward(self, *args, **kwargs)
 
-    def faulty_send(self, tensors, direction):
+    def faulty_send(self, message, direction):
         nonlocal skipping
         if not skipping:
-            return send(self, tensors, direction)
+            return send(self, message, direction)
         skipping = False
-        own = torch.cat([x.flatten() for x in tensors])
-        return mock.Mock(wait=lambda: own.expand(self.cp.cp_size, -1))
+        return mock.Mock(wait=lambda: message.expand(self.cp.cp_size, -1).contiguous())
 
     with mock.patch.object(Block, "forward", faulty_forward), mock.patch.object(AllGather, "_send", faulty_send):
         train(config)

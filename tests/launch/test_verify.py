@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from lasp import CPContext
-from lasp.exchange import EXCHANGES, AllGather
+from lasp.exchange import EXCHANGES
+from lasp.exchange.gather import AllGather
 from lasp.launch import verify as verifying
 from lasp.launch.schema import load_config
 from lasp.launch.token_files import list_files, read_texts, write_token_file

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lasp import comm
+from lasp import calls, comm
 from lasp.parallel.files import explained
 from lasp.parallel.mesh import Mesh
 
@@ -101,8 +101,8 @@ METHODS = {
 @pytest.mark.parametrize("collective", METHODS)
 def test_a_collective_that_fails_says_who_is_missing(monkeypatch, collective):
     mesh = dataclasses.replace(Mesh.build(), cp_size=2, ranks=(0, 1))
-    monkeypatch.setattr(comm, "last_number", lambda group: 6)
-    monkeypatch.setattr(comm, "_ask_the_failed", lambda call, _: f"{call.number} {call.place}: rank 1 is missing")
+    monkeypatch.setattr(calls, "last_number", lambda group: 6)
+    monkeypatch.setattr(calls, "_ask_the_failed", lambda call, _: f"{call.number} {call.place}: rank 1 is missing")
     for fault, kind, message in (
         ("[gloo/pair.cc:544] Connection closed by peer", comm.CommError, "^7 (all_|broad)[a-z]+: rank 1 is missing"),
         ("out of memory", RuntimeError, "^out of memory"),
