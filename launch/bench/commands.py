@@ -160,3 +160,71 @@ def exchange(
     with found_ranks(size, device=device) as found:
         say = click.echo if found.is_first else lambda line: None
         report(driver.sweep_here(found, states, settings, say, known), 0, found.where, found)
+
+
+@bench.command()
+@click.option("--virtual", is_flag=True, help="Between hosts of a virtual cluster on this machine.")
+@click.option("--hosts", help="Hosts of the virtual cluster; default: 2.")
+@click.option("--rate", help="Rate of its links in bits per second; default: 400M.")
+@_ranks("2", "Ranks to start on this machine; with --virtual: on each host.")
+@click.option("--methods", help="Which to compare, by name; default: all there are.")
+@click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="Of each rank.")
+@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--dim", type=click.IntRange(1), default=64, show_default=True, help="Of a head.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--fabric", "named", help="For auto and for slices; default: measured first.")
+@_device
+@_output
+def layer(
+    virtual: bool,
+    hosts: str | None,
+    rate: str | None,
+    ranks: str,
+    methods: str | None,
+    tokens: int,
+    heads: int,
+    dim: int,
+    repeats: int,
+    named: str | None,
+    device: str,
+    output: Path,
+) -> None:
+    """Compare LASP-1, LASP-2, ZeCO, our exchanges, Ring Attention and Ulysses on one layer, and what they expose."""
+    from lasp.fabric import Fabric
+    from lasp.launch.bench import layer as driver
+    from lasp.launch.bench import options
+    from lasp.launch.bench.baselines import METHODS
+    from lasp.launch.bench.fabric import as_dict, measure_fabric
+    from lasp.launch.bench.ranks import found_ranks, virtual_ranks
+    from lasp.launch.bench.results import facts, write_report
+    from lasp.launch.bench.virtual_cluster import MAX_HOSTS, VirtualCluster
+
+    (per_host,) = options.counts("--ranks", ranks)
+    wanted = tuple(METHODS) if methods is None else options.names("--methods", methods, METHODS)
+    shape = {"tokens": tokens, "heads": heads, "dim": dim}
+    known = None if named is None else Fabric.of(named)
+
+    def measure(found) -> None:
+        about = facts(found.where)
+        fabric = known
+        if fabric is None and found.size > 1:
+            fabric, _ = measure_fabric(found, "measured here", "measured before the layers")
+        rows = driver.compare(found, wanted, **shape, repeats=repeats, fabric=fabric)
+        text = driver.markdown(rows, ranks=found.size, **shape)
+        values = {"facts": about, **shape, "fabric": None if fabric is None else as_dict(fabric), "rows": rows}
+        paths = write_report(
+            output, "layer-virtual" if virtual else "layer", values, text, lambda f: driver.draw(f, rows), found
+        )
+        if found.is_first:
+            click.echo("\n".join(text))
+            click.echo(f"wrote {', '.join(map(str, paths))}")
+
+    if virtual:
+        (count,) = options.counts("--hosts", hosts or "2", 1, MAX_HOSTS)
+        (bits,) = options.rates("--rate", rate or "400M")
+        with VirtualCluster(count, bits) as cluster, virtual_ranks(cluster, per_host) as found:
+            measure(found)
+    else:
+        _refuse_without_virtual(hosts=hosts, rate=rate)
+        with found_ranks(per_host, device=device) as found:
+            measure(found)

@@ -26,6 +26,7 @@ KINDS = ("identity", "scalar", "diagonal", "dense")
 LAYOUTS = ("contiguous", "zigzag")
 DIM = 64  # K = V of a head
 HEAD_BYTES = DIM * DIM * 4
+_WARM_UP = 2  # first the connections are made, then their windows grow
 _SAMPLE = 64  # values of an entry state that are compared
 TOLERANCE = 1e-5
 
@@ -96,13 +97,14 @@ def measure(
     layout: str,
     repeats: int,
 ) -> dict[str, Any]:
-    """Seconds of ``repeats`` exchanges after one that warms up, a barrier before each; and part of what came out."""
-    cp = _context(mesh, exchange, nodes, fabric, layout)
+    """Seconds of ``repeats`` exchanges after those that warm up, a barrier before each; and part of what came out."""
+    cut = getattr(SequenceLayout, layout)(4 * mesh.world_size, mesh.world_size)
+    cp = context_over(mesh, cut, exchange, nodes, fabric)
     plan = cp.chain_plan(True, False)
     maps = _maps(mesh, state_bytes, kind, len(cp.segments))
     times, entry = [], None
     with torch.no_grad():
-        for _ in range(repeats + 1):
+        for _ in range(repeats + _WARM_UP):
             mesh.any(False)
             started = time.perf_counter()
             one = new_exchange(cp, plan, maps, None)
@@ -112,15 +114,17 @@ def measure(
                 torch.cuda.synchronize(mesh.device)
             times.append(time.perf_counter() - started)
     mesh.any(False)
-    return {"seconds": times[1:], "sample": _sampled(entry)}
+    return {"seconds": times[_WARM_UP:], "sample": _sampled(entry)}
 
 
-def _context(mesh: Mesh, exchange: str, nodes: Sequence[int], fabric: dict[str, Any] | None, layout: str) -> CPContext:
-    cut = getattr(SequenceLayout, layout)(4 * mesh.world_size, mesh.world_size)
+def context_over(
+    mesh: Mesh, layout: SequenceLayout, exchange: str, nodes: Sequence[int], fabric: dict[str, Any] | None
+) -> CPContext:
+    """The context of an exchange, with the fabric (plain values) where it takes its slices from one."""
     if exchange not in _BY_FABRIC or fabric is None:
-        return CPContext(cut, mesh.cp_group, exchange)
+        return CPContext(layout, mesh.cp_group, exchange)
     built = Fabric(**{**fabric, **{level: Link(**fabric[level]) for level in ("within", "between")}})
-    return CPContext(cut, mesh.cp_group, exchange, nodes=nodes, fabric=built)
+    return CPContext(layout, mesh.cp_group, exchange, nodes=nodes, fabric=built)
 
 
 def _maps(mesh: Mesh, state_bytes: int, kind: str, segments: int) -> StateMap:
