@@ -228,3 +228,99 @@ def layer(
         _refuse_without_virtual(hosts=hosts, rate=rate)
         with found_ranks(per_host, device=device) as found:
             measure(found)
+
+
+@bench.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--cp", type=int, help="Same as cp_size=N.")
+@click.option("--dp", type=int, help="Same as dp_size=N.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Steps after one that warms up.")
+@_output
+def model(config: str, overrides: tuple[str, ...], cp: int | None, dp: int | None, repeats: int, output: Path) -> None:
+    """Time training steps of CONFIG's model over made-up tokens, with the memory of a rank.
+
+    A preset: lasp bench model configs/quickstart.yaml model=tiny data.seq_len=8192 --cp 2
+    """
+    from lasp.launch.bench import steps
+    from lasp.launch.bench.ranks import found_ranks
+    from lasp.launch.bench.results import facts, table, write_report
+    from lasp.launch.schema import load_config
+
+    sizes = [f"{key}={value}" for key, value in (("cp_size", cp), ("dp_size", dp)) if value is not None]
+    run = load_config(config, [*overrides, *sizes])
+    size = run.cp_size * (run.dp_size or 1)
+    with found_ranks(size, device=run.device, timeout_s=run.timeout_s) as found:
+        about = facts(found.where)
+        row = steps.measure(found, run, repeats=repeats)
+        shown = [
+            ("parameters", f"{row['parameters']:,}"),
+            ("ranks", f"cp {run.cp_size} of {row['ranks']}"),
+            ("tokens per step", f"{run.data.seq_len * run.data.batch_size:,}"),
+            ("a step", f"{row['step_s']:.3f} s"),
+            ("throughput", f"{row['tokens_per_s']:,.0f} tokens/s"),
+            ("memory of the rank with most", f"{row['memory_bytes'] / 2**20:,.1f} MiB over an idle rank"),
+            ("an idle rank", f"{row['baseline_bytes'] / 2**20:,.1f} MiB"),
+        ]
+        text = ["# Training steps of one model", "", *table(("", ""), shown)]
+        values = {"facts": about, "config": run.plain(), "row": row}
+
+        def draw(figure) -> None:
+            axes = figure.add_subplot(xlabel="rank", ylabel="MiB over an idle rank")
+            each = [memory / 2**20 for memory in row["memory_bytes_of_each"]]
+            axes.bar(range(len(each)), each)
+            axes.set_title(f"{row['tokens_per_s']:,.0f} tokens/s")
+
+        paths = write_report(output, "model", values, text, draw, found)
+        if found.is_first:
+            click.echo("\n".join(text))
+            click.echo(f"wrote {', '.join(map(str, paths))}")
+
+
+@bench.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--sizes", default="1,2,4,8", show_default=True, help="Ranks that share a sequence.")
+@click.option("--weak", default="4096", show_default=True, help="Tokens of each rank; a list, or none.")
+@click.option("--strong", default="32768", show_default=True, help="Tokens of the sequence; a list, or none.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Steps after one that warms up.")
+@click.option("--limit", type=click.FloatRange(0), default=1700.0, show_default=True, help="Seconds of the sweep.")
+@_output
+def scaling(
+    config: str,
+    overrides: tuple[str, ...],
+    sizes: str,
+    weak: str,
+    strong: str,
+    repeats: int,
+    limit: float,
+    output: Path,
+) -> None:
+    """Weak and strong scaling of CONFIG's training steps over ranks of this machine, with the memory of a rank.
+
+    A million tokens on a CPU: lasp bench scaling configs/million.yaml --sizes 2,4,8 --weak 131072 --strong none
+    """
+    from lasp.launch.bench import options
+    from lasp.launch.bench import scaling as driver
+    from lasp.launch.bench.ranks import MAX_PROCESSES
+    from lasp.launch.bench.results import facts, write_report
+    from lasp.launch.rendezvous import Job
+    from lasp.launch.schema import load_config
+
+    if Job.from_environment() is not None:
+        raise ValueError(
+            "lasp bench scaling starts its ranks itself, fresh ones for each size. In a job that torchrun started, "
+            "measure one size with lasp bench model."
+        )
+    run = load_config(config, list(overrides))
+    tokens = [
+        [] if text == "none" else options.counts(name, text) for name, text in (("--weak", weak), ("--strong", strong))
+    ]
+    wanted = driver.points(options.counts("--sizes", sizes, 1, MAX_PROCESSES), *tokens)
+    about = facts("ranks of one machine, started anew for each row")
+    rows = driver.sweep(run, wanted, repeats=repeats, limit_s=limit, say=click.echo)
+    text = driver.markdown(rows)
+    values = {"facts": about, "config": run.plain(), "rows": rows}
+    paths = write_report(output, "scaling", values, text, lambda figure: driver.draw(figure, rows))
+    click.echo("\n".join(text))
+    click.echo(f"wrote {', '.join(map(str, paths))}")

@@ -18,7 +18,7 @@ from typing import Any
 from lasp.cost import choose, estimate
 from lasp.exchange import AUTO
 from lasp.fabric import Fabric
-from lasp.launch.bench.exchange_cell import NAMES, TOLERANCE, answers_of, case_of, difference
+from lasp.launch.bench.exchange_cell import NAMES, TOLERANCE, case_of, difference, time_exchanges
 from lasp.launch.bench.fabric import measure_fabric
 from lasp.launch.bench.options import readable, readable_rate
 from lasp.launch.bench.ranks import MAX_PROCESSES, Ranks, virtual_ranks
@@ -29,7 +29,7 @@ SIZES = (256 << 10, 1 << 20, 2 << 20, 8 << 20)
 RATES = (1e8, 4e8, 1e9, 2e9)
 MAX_CELLS = 40
 _LEAST_REPEATS, _PER_EXCHANGE_S = 2, 4.0  # repeats become fewer where they would take longer
-_BUSY_WAIT_S = 60.0
+_BUSY_WAIT_S, _TURNS = 60.0, 8  # of an answer: with so many turns of every exchange, each as slow as is allowed
 
 Say = Callable[[str], None]
 
@@ -104,7 +104,7 @@ def virtual_sweep(cells: Sequence[Cell], settings: Settings, say: Say) -> list[d
         if time.monotonic() - started > settings.limit_s:
             rows += [_not_reached(cell, settings) for cell in own]
             continue
-        timeout_s = _BUSY_WAIT_S + 10 * settings.skip_above_s
+        timeout_s = _BUSY_WAIT_S + _TURNS * settings.skip_above_s * len(settings.exchanges)
         with (
             VirtualCluster(hosts, own[0].bits_per_s) as cluster,
             virtual_ranks(cluster, per_host, timeout_s=timeout_s) as ranks,
@@ -140,27 +140,27 @@ def measure_cell(
     chosen = choose(case, fabric)
     row = {"cell": asdict(cell), "fabric": asdict(fabric), "points": points, "exchanges": {}, "skipped": {}}
     row["auto"] = {"chose": chosen.exchange, "slices": chosen.slices, "reason": chosen.reason}
-    expected: list[list[float]] | None = None
-    for name in settings.exchanges:
-        modelled = chosen if name == AUTO else estimate(name, case, fabric)
-        predicted = modelled.seconds
-        if predicted > settings.skip_above_s:
-            row["skipped"][name] = f"predicted {predicted:.1f} s > {settings.skip_above_s:g} s"
-            continue
-        repeats = max(_LEAST_REPEATS, min(settings.repeats, int(_PER_EXCHANGE_S / max(predicted, 1e-6))))
-        own = {"state_bytes": cell.state_bytes, "kind": settings.kind, "layout": settings.layout, "fabric": fabric}
-        times, samples = answers_of(ranks, name, repeats=repeats, **own)
-        expected = expected or samples
-        if (error := difference(samples, expected)) > TOLERANCE:
+    modelled = {name: chosen if name == AUTO else estimate(name, case, fabric) for name in settings.exchanges}
+    repeats = {}
+    for name, found in modelled.items():
+        if found.seconds > settings.skip_above_s:
+            row["skipped"][name] = f"predicted {found.seconds:.2g} s > {settings.skip_above_s:g} s"
+        else:
+            repeats[name] = max(_LEAST_REPEATS, min(settings.repeats, int(_PER_EXCHANGE_S / max(found.seconds, 1e-6))))
+    own = {"state_bytes": cell.state_bytes, "kind": settings.kind, "layout": settings.layout, "fabric": fabric}
+    measured = time_exchanges(ranks, repeats, **own) if repeats else {}
+    for name, (times, samples) in measured.items():
+        first = next(iter(measured))
+        if (error := difference(samples, measured[first][1])) > TOLERANCE:
             raise ValueError(
-                f"{name} gives other entry states than {settings.exchanges[0]} in {cell}: relative difference "
-                f"{error:.1e}, allowed {TOLERANCE:.0e}. This is a fault of lasp: nothing was written."
+                f"{name} gives other entry states than {first} in {cell}: relative difference {error:.1e}, allowed "
+                f"{TOLERANCE:.0e}. This is a fault of lasp: nothing was written."
             )
         row["exchanges"][name] = {
             "seconds": statistics.median(times),
             "repeats": times,
-            "predicted_s": predicted,
-            "slices": modelled.slices,
+            "predicted_s": modelled[name].seconds,
+            "slices": modelled[name].slices,
             "difference": error,
         }
     say(_line(cell, row))

@@ -6,7 +6,7 @@ No layer runs beside it, so that the time is that of the exchange alone, from ``
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -57,64 +57,70 @@ def heads_of(state_bytes: int) -> int:
     return state_bytes // HEAD_BYTES
 
 
-def seconds_of(ranks: Ranks, exchange: str, *, state_bytes: int, kind: str, repeats: int, **more: Any) -> list[float]:
-    """Seconds of each repeat: the slowest rank's."""
-    return answers_of(ranks, exchange, state_bytes=state_bytes, kind=kind, repeats=repeats, **more)[0]
-
-
-def answers_of(
+def time_exchanges(
     ranks: Ranks,
-    exchange: str,
+    repeats: Mapping[str, int],
     *,
     state_bytes: int,
     kind: str,
-    repeats: int,
     layout: str = "contiguous",
     fabric: Fabric | None = None,
-) -> tuple[list[float], list[list[float]]]:
-    """Seconds of each repeat, the slowest rank's; and some values of the entry states of every rank."""
+) -> dict[str, tuple[list[float], list[list[float]]]]:
+    """Per exchange: seconds of each repeat, the slowest rank's; and some values of the entry states of every rank.
+
+    Args:
+        repeats: of each exchange. They take turns, so that what disturbs the machine for a while disturbs all.
+        fabric: for ``auto`` and for the slices of others.
+    """
     answers = ranks.ask(
         f"{__name__}:measure",
-        exchange=exchange,
+        repeats=dict(repeats),
         nodes=list(ranks.nodes),
         fabric=None if fabric is None else asdict(fabric),
         state_bytes=state_bytes,
         kind=kind,
         layout=layout,
-        repeats=repeats,
     )
-    return [max(times) for times in zip(*(a["seconds"] for a in answers))], [a["sample"] for a in answers]
+    slowest = {name: [max(times) for times in zip(*(a["seconds"][name] for a in answers))] for name in repeats}
+    return {name: (times, [a["samples"][name] for a in answers]) for name, times in slowest.items()}
 
 
 def measure(
     mesh: Mesh,
     *,
-    exchange: str,
+    repeats: Mapping[str, int],
     nodes: Sequence[int],
     fabric: dict[str, Any] | None,
     state_bytes: int,
     kind: str,
     layout: str,
-    repeats: int,
 ) -> dict[str, Any]:
-    """Seconds of ``repeats`` exchanges after those that warm up, a barrier before each; and part of what came out."""
+    """Seconds of each exchange's repeats after those that warm up, a barrier before each; and part of what came out."""
     cut = getattr(SequenceLayout, layout)(4 * mesh.world_size, mesh.world_size)
-    cp = context_over(mesh, cut, exchange, nodes, fabric)
-    plan = cp.chain_plan(True, False)
-    maps = _maps(mesh, state_bytes, kind, len(cp.segments))
-    times, entry = [], None
-    with torch.no_grad():
-        for _ in range(repeats + _WARM_UP):
-            mesh.any(False)
-            started = time.perf_counter()
-            one = new_exchange(cp, plan, maps, None)
-            one.start(maps, None)
-            entry, _ = one.wait(None)
-            if mesh.device.type == "cuda":
-                torch.cuda.synchronize(mesh.device)
-            times.append(time.perf_counter() - started)
+    contexts = {name: context_over(mesh, cut, name, nodes, fabric) for name in repeats}
+    maps = _maps(mesh, state_bytes, kind, len(cut.segments(mesh.cp_rank)))
+    times: dict[str, list[float]] = {name: [] for name in repeats}
+    samples: dict[str, list[float]] = {}
+    for turn in range(_WARM_UP + max(repeats.values())):
+        for name, cp in contexts.items():
+            if turn < _WARM_UP + repeats[name]:
+                seconds, samples[name] = _exchange_once(mesh, cp, maps)
+                times[name].append(seconds)
     mesh.any(False)
-    return {"seconds": times[_WARM_UP:], "sample": _sampled(entry)}
+    return {"seconds": {name: found[_WARM_UP:] for name, found in times.items()}, "samples": samples}
+
+
+def _exchange_once(mesh: Mesh, cp: CPContext, maps: StateMap) -> tuple[float, list[float]]:
+    plan = cp.chain_plan(True, False)
+    mesh.any(False)
+    started = time.perf_counter()
+    with torch.no_grad():
+        one = new_exchange(cp, plan, maps, None)
+        one.start(maps, None)
+        entry, _ = one.wait(None)
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize(mesh.device)
+    return time.perf_counter() - started, _sampled(entry)
 
 
 def context_over(

@@ -19,7 +19,7 @@ import torch
 from lasp import comm
 from lasp.cost import Case, estimate
 from lasp.fabric import Fabric, Link
-from lasp.launch.bench.exchange_cell import seconds_of
+from lasp.launch.bench.exchange_cell import time_exchanges
 from lasp.launch.bench.options import readable
 from lasp.launch.bench.ranks import Ranks
 from lasp.parallel.mesh import Mesh
@@ -64,7 +64,7 @@ def measure_fabric(ranks: Ranks, name: str, source: str, *, sizes: Sequence[int]
         fabric = replace(fabric, message_s=message_s, byte_s=byte_s)
 
     case = Case(counts, _TINY, 0)
-    tiny = seconds_of(ranks, "all_gather", state_bytes=_TINY, kind="identity", repeats=_MANY)
+    tiny, _ = time_exchanges(ranks, {"all_gather": _MANY}, state_bytes=_TINY, kind="identity")["all_gather"]
     overhead = max(0.0, statistics.median(tiny) - estimate("all_gather", case, fabric).seconds)
     points["all_gather of a tiny state"] = {_TINY: statistics.median(tiny)}
     return replace(fabric, overhead_s=overhead), {
