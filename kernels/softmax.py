@@ -40,6 +40,7 @@ def softmax_forward(
     window: int | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``q`` on ``k`` and ``v``, piece by piece.
 
@@ -51,9 +52,10 @@ def softmax_forward(
         window: see only the ``window`` newest of the visible keys (needs ``causal``).
         scale: default ``D ** -0.5``.
         impl: ``auto``, or one of ``blocks``, ``flash_cpu``, ``flash_cuda``.
+        out_dtype: of ``o``; default q's.
 
     Returns:
-        ``o`` [B, Tq, H, Dv] in q's dtype and ``lse`` [B, H, Tq] in fp32 (fp64 for fp64 inputs).
+        ``o`` [B, Tq, H, Dv] in ``out_dtype`` and ``lse`` [B, H, Tq] in fp32 (fp64 for fp64 inputs).
 
     Raises:
         ValueError: ``impl`` is unknown or cannot serve these arguments.
@@ -61,7 +63,7 @@ def softmax_forward(
     impl = _choose(impl, q, k, v, window)
     q, k, v = _dense_rows(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o = q.new_empty(*q.shape[:3], v.shape[-1])
+    o = q.new_empty(*q.shape[:3], v.shape[-1], dtype=out_dtype)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=state_dtype(q.dtype))
     forward = {"blocks": _blocks_forward, "flash_cpu": _cpu_forward, "flash_cuda": _cuda_forward}[impl]
     forward(q, k, v, o, lse, pieces, causal, window, scale)
@@ -82,18 +84,20 @@ def softmax_backward(
     window: int | None = None,
     scale: float | None = None,
     impl: str = "auto",
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for the arguments of :func:`softmax_forward`, from its ``o``, its ``lse`` and ``do`` [B, Tq, H, Dv].
 
     ``o`` and ``lse`` may as well be those of more keys than ``k`` holds: the result is then these keys' share.
 
     Returns:
-        ``dq`` in q's dtype; ``dk`` and ``dv`` in fp32 (fp64 for fp64 inputs), zero for keys that no piece reads.
+        ``dq`` in ``out_dtype`` (default q's); ``dk`` and ``dv`` in fp32 (fp64 for fp64 inputs), zero for keys that no
+        piece reads.
     """
     impl = _choose(impl, q, k, v, window)
     q, k, v = _dense_rows(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dq = q.new_empty(q.shape)
+    dq = q.new_empty(q.shape, dtype=out_dtype)
     dk, dv = (x.new_zeros(x.shape, dtype=state_dtype(x.dtype)) for x in (k, v))
     backward = {"blocks": _blocks_backward, "flash_cpu": _cpu_backward, "flash_cuda": _cuda_backward}[impl]
     backward(do.contiguous(), q, k, v, o, lse, dq, dk, dv, pieces, causal, window, scale)
@@ -155,12 +159,12 @@ def _cpu_forward(q, k, v, o, lse, pieces, causal, window, scale):
                 k_part, v_part = (x[:, start:stop].transpose(1, 2) for x in (k, v))
                 o_part, lse_part = flash(q_g, k_part, v_part, 0.0, is_causal, scale=scale)
                 part = o_part.to(lse.dtype), lse_part
-                merged = part if merged is None else _merge(*merged, *part)
+                merged = part if merged is None else merge(*merged, *part)
             _share(o, *piece[:2], kv_heads, g).copy_(merged[0])
             lse[:, g :: q.shape[2] // kv_heads, piece[0] : piece[1]] = merged[1]
 
 
-def _merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     """Attention on two disjoint sets of keys, o [B, H, T, Dv] and lse [B, H, T], as attention on both."""
     lse = torch.logaddexp(lse1, lse2)
     return o1 * (lse1 - lse).exp().unsqueeze(-1) + o2 * (lse2 - lse).exp().unsqueeze(-1), lse

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -122,6 +123,8 @@ class Messages:
     def __init__(self, group: dist.ProcessGroup | None, place: str):
         self._group = group
         self._call = enter_messages(group, place)
+        backend = self._call.group._get_backend(torch.device("cpu")) if dist.get_backend(group) == "gloo" else None
+        self._limit = () if backend is None else (backend.options._timeout,)  # gloo's messages know no later one
         self._works: list[dist.Work] = []  # sends in flight
         self._sent: list[Tensor] = []  # they must stay alive
 
@@ -153,14 +156,22 @@ class Messages:
         """
         try:
             for work in works:
-                work.wait()
+                work.wait(*self._limit)
         except RuntimeError as error:
             raise failure(self._call, error) from error
 
-    def close(self) -> None:
-        """Until all that this rank has sent is on its way, and its memory free."""
+    def flush(self) -> None:
+        """Until all that this rank has sent is on its way, and its memory free. Wait for what the rounds receive first.
+
+        Raises:
+            CommError: a message was not taken; it names the ranks that are missing.
+        """
         self.wait(self._works)
         self._works, self._sent = [], []
+
+    def close(self) -> None:
+        """:meth:`flush`; nothing follows."""
+        self.flush()
         leave(self._call)
 
 

@@ -40,7 +40,7 @@ class CPContext:
             :class:`~lasp.fabric.Fabric`, the name of a preset, or a file of measurements.
         wire_dtype: ``torch.bfloat16`` halves the states on the wire, at 2^-9 relative per rounding: once for
             ``all_gather``, once per hop in a chain. None: as they are.
-        softmax_exchange: what softmax layers of a model use: ``all_gather`` (LASP-2H), ``ring``, ``ulysses``.
+        softmax_exchange: that of the model's softmax layers, see :func:`lasp.softmax_attention`.
 
     Raises:
         ValueError: no layout; a group whose size is not the layout's cp_size; an unknown exchange or fabric; ``auto``

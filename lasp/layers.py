@@ -142,7 +142,8 @@ class SoftmaxMixer(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         q, k = (apply_rotary(z, *rotary[self.head_dim]) for z in (q, k))
         if cache is None:
-            o = softmax_attention(q, k, v, cp=cp, causal=self.causal, window=self.window)
+            exchange = "all_gather" if cp is None else cp.softmax_exchange
+            o = softmax_attention(q, k, v, cp=cp, causal=self.causal, window=self.window, exchange=exchange)
         else:
             k, v = torch.cat([cache.k, k], 1), torch.cat([cache.v, v], 1)
             o = self._attend_cached(q, k, v)

@@ -41,6 +41,7 @@ from lasp.launch.yaml_text import parse_yaml
 from lasp.options import ExchangeOptions
 from lasp.parallel.files import reading
 from lasp.parallel.zero import check_available
+from lasp.softmax_ulysses import check_heads
 
 MAX_TIMEOUT_S = 1e6  # beyond it a clock overflows
 MIN_TIMEOUT_S = 1.0  # processes of one job start further apart than less
@@ -212,6 +213,14 @@ class RunConfig(Section):
                 f"wire_dtype={self.wire_dtype} has no effect on model.pattern={self.model.pattern}: it has no linear "
                 "layer. Leave it out."
             )
+        if self.softmax_exchange == "ring" and self.model.window is not None:
+            raise ValueError(
+                f"softmax_exchange=ring has no use for model.window = {self.model.window}: whole shards would travel "
+                "for a few tokens. Set softmax_exchange=all_gather, which fetches just these, or ulysses."
+            )
+        if self.softmax_exchange == "ulysses":
+            heads = self.model.heads // self.tp_size
+            check_heads(heads, (self.model.kv_heads or self.model.heads) // self.tp_size, self.cp_size)
         _ = self.exchange_options  # a fabric that cannot be found, or has no effect
 
     @property

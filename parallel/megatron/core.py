@@ -149,7 +149,8 @@ class SoftmaxCoreAttention(_CoreAttention):
         self.window = window
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cp: CPContext) -> Tensor:
-        return softmax_attention(q, k, v, cp=cp, window=self.window, scale=self.softmax_scale).flatten(-2)
+        options = {"window": self.window, "scale": self.softmax_scale, "exchange": cp.softmax_exchange}
+        return softmax_attention(q, k, v, cp=cp, **options).flatten(-2)
 
 
 class LinearCoreAttention(_CoreAttention):

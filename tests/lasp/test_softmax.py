@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasp import comm, softmax
+from lasp import comm, softmax_gather
 from lasp.context import CPContext
 from lasp.halo import halo_plan
 from lasp.kernels import reference
@@ -152,8 +152,8 @@ def order_of_events(group):
         for owner, name, event in (
             (comm, "all_gather", "g"),
             (comm, "reduce_scatter", "s"),
-            (softmax, "softmax_forward", "a"),
-            (softmax, "softmax_backward", "a"),
+            (softmax_gather, "softmax_forward", "a"),
+            (softmax_gather, "softmax_backward", "a"),
         ):
             stack.enter_context(mock.patch.object(owner, name, noted(event, getattr(owner, name))))
         o = softmax_attention(*local, cp=CPContext(layout, group))
@@ -237,7 +237,7 @@ def test_sixteen_bit_errors_are_those_of_one_device(ranks):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"exchange": "ring"}, r"exchange must be one of \('all_gather',\), got 'ring'"),
+        ({"exchange": "rings"}, r"exchange must be one of \('all_gather', 'ring', 'ulysses'\), got 'rings'"),
         ({"window": 0}, "window must be an int of at least 1 .* got 0"),
         ({"window": 2.0}, "window must be an int .* got 2.0"),
         ({"window": True}, "window must be an int .* got True"),

@@ -66,7 +66,26 @@ WRONG = {
     "ray.gpus_per_worker=2": "ray.gpus_per_worker should be less than or equal to 1, got 2",
     "tp=2": "tp_size=2 has no effect with backend=native: set backend=megatron, or leave tp_size out",
     "pp=2": "pp_size=2 has no effect with backend=native: set backend=megatron, or leave pp_size out",
+    "exchange=gossip": "exchange should be 'all_gather', 'ring', 'all_scan', 'log_scan', 'hierarchical' or 'auto'",
+    "exchange=auto": "exchange='auto' chooses by the links between ranks: fabric must name a preset, h100-ib, a100-ib",
+    "fabric=laptop": "fabric has no effect on exchange='all_gather'; leave it None",
+    "wire_dtype=float16": "wire_dtype should be 'bfloat16', got 'float16'",
 }
+EXCHANGES = {
+    "exchange=ring model.pattern=S": "exchange=ring has no effect on model.pattern=S: it has no linear layer",
+    "wire_dtype=bfloat16 model.pattern=S": "wire_dtype=bfloat16 has no effect on model.pattern=S",
+    "softmax_exchange=ring model.pattern=L": "softmax_exchange=ring has no effect on model.pattern=L",
+    "softmax_exchange=ring model.window=4": "softmax_exchange=ring has no use for model.window = 4",
+    "softmax_exchange=ulysses cp=4": "cp_size = 4 must divide the H = 2 query heads",
+    "exchange=auto fabric=pigeon": "unknown fabric 'pigeon': the presets are h100-ib, a100-ib",
+    "exchange=auto fabric=links.json": "fabric file links.json does not exist. `lasp bench fabric` measures one",
+}
+
+
+@pytest.mark.parametrize("overrides", EXCHANGES)
+def test_exchanges_that_cannot_serve_are_refused_with_the_alternatives(tmp_path, overrides):
+    with pytest.raises(ValueError, match=re.escape(EXCHANGES[overrides])):
+        load_config(tiny_yaml(tmp_path), overrides.split())
 
 
 @pytest.mark.parametrize("override", WRONG)
