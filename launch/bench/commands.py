@@ -243,16 +243,15 @@ def model(config: str, overrides: tuple[str, ...], cp: int | None, dp: int | Non
     A preset: lasp bench model configs/quickstart.yaml model=tiny data.seq_len=8192 --cp 2
     """
     from lasp.launch.bench import steps
-    from lasp.launch.bench.ranks import found_ranks
+    from lasp.launch.bench.ranks import joined_ranks
     from lasp.launch.bench.results import facts, table, write_report
+    from lasp.launch.rendezvous import Job
     from lasp.launch.schema import load_config
 
     sizes = [f"{key}={value}" for key, value in (("cp_size", cp), ("dp_size", dp)) if value is not None]
     run = load_config(config, [*overrides, *sizes])
-    size = run.cp_size * (run.dp_size or 1)
-    with found_ranks(size, device=run.device, timeout_s=run.timeout_s) as found:
-        about = facts(found.where)
-        row = steps.measure(found, run, repeats=repeats)
+
+    def report(row, where: str, found=None) -> None:
         shown = [
             ("parameters", f"{row['parameters']:,}"),
             ("ranks", f"cp {run.cp_size} of {row['ranks']}"),
@@ -263,7 +262,7 @@ def model(config: str, overrides: tuple[str, ...], cp: int | None, dp: int | Non
             ("an idle rank", f"{row['baseline_bytes'] / 2**20:,.1f} MiB"),
         ]
         text = ["# Training steps of one model", "", *table(("", ""), shown)]
-        values = {"facts": about, "config": run.plain(), "row": row}
+        values = {"facts": facts(where), "config": run.plain(), "row": row}
 
         def draw(figure) -> None:
             axes = figure.add_subplot(xlabel="rank", ylabel="MiB over an idle rank")
@@ -272,9 +271,16 @@ def model(config: str, overrides: tuple[str, ...], cp: int | None, dp: int | Non
             axes.set_title(f"{row['tokens_per_s']:,.0f} tokens/s")
 
         paths = write_report(output, "model", values, text, draw, found)
-        if found.is_first:
+        if found is None or found.is_first:
             click.echo("\n".join(text))
             click.echo(f"wrote {', '.join(map(str, paths))}")
+
+    job = Job.from_environment()
+    if job is None:
+        row = steps.measure_here(run, repeats=repeats)
+        return report(row, row["where"])
+    with joined_ranks(job, device=run.device, timeout_s=run.timeout_s) as found:
+        report(steps.measure(found, run, repeats=repeats), found.where, found)
 
 
 @bench.command()

@@ -43,6 +43,13 @@ from lasp.parallel.mesh import Mesh
 MAX_PROCESSES = 16
 _START_S = 180.0  # sixteen processes on two cores
 _EXPECTED = (ValueError, OSError, CommError)  # errors whose message is the whole story
+_EXACT_MEMORY = {  # of glibc: no reserve beyond 64 KiB, no heap per thread; no huge pages
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+    "THP_MEM_ALLOC_ENABLE": "0",
+}
 _TIMEOUT_S = "LASP_BENCH_TIMEOUT_S"
 _DEVICE = "LASP_BENCH_DEVICE"
 
@@ -175,12 +182,15 @@ class ProcessRanks(Ranks):
 
 
 @contextlib.contextmanager
-def local_ranks(size: int, *, device: str = "auto", timeout_s: float = 300.0) -> Iterator[ProcessRanks]:
-    """``size`` ranks on this machine.
+def local_ranks(
+    size: int, *, device: str = "auto", timeout_s: float = 300.0, exact_memory: bool = False
+) -> Iterator[ProcessRanks]:
+    """``size`` ranks on this machine, of one thread each unless OMP_NUM_THREADS says more.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``, as a run has it.
         timeout_s: how long an answer may take.
+        exact_memory: what is freed returns to the system at once, so that what is resident is what is in use. Slower.
 
     Raises:
         ValueError: too many; too few devices.
@@ -188,7 +198,8 @@ def local_ranks(size: int, *, device: str = "auto", timeout_s: float = 300.0) ->
     _check_count(size)
     choose_device(device, Job(local_world_size=size))
     store = open_store()  # lives as long as the ranks
-    own = {_TIMEOUT_S: str(timeout_s), _DEVICE: device}
+    own = {_TIMEOUT_S: str(timeout_s), _DEVICE: device, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    own |= _EXACT_MEMORY if exact_memory else {}
     environments = [{**os.environ, **rank_environment(rank, size, store.port), **own} for rank in range(size)]
     with ending_on_signals(), contextlib.closing(ProcessRanks([_COMMAND] * size, environments, timeout_s)) as ranks:
         ranks.nodes, ranks.where = (0,) * size, f"{size} rank(s) of one machine, {device}"

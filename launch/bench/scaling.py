@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lasp.launch.bench.ranks import local_ranks
 from lasp.launch.bench.results import table
-from lasp.launch.bench.steps import measure
+from lasp.launch.bench.steps import measure_here
 from lasp.launch.schema import RunConfig, checked
 
 
@@ -56,8 +55,7 @@ def sweep(
         values |= {"cp_size": point.cp_size, "dp_size": 1}
         values["data"] |= {"seq_len": point.seq_len, "batch_size": 1}
         own = checked(values, f"{point.kind} scaling with cp_size={point.cp_size}")
-        with local_ranks(point.cp_size, device=config.device, timeout_s=config.timeout_s) as ranks:
-            rows.append({**about, **measure(ranks, own, repeats=repeats)})
+        rows.append({**about, **measure_here(own, repeats=repeats)})
         say(_line(rows[-1]))
     return rows
 

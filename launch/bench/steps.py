@@ -1,8 +1,9 @@
 """Whole training steps on every rank, as ``lasp train`` makes them, over made-up tokens: their time and their memory.
 
 Memory of a rank on the CPU is the most that its process ever had resident (VmHWM) less what it had resident when
-Python, torch and the process group were there and no model yet; so the process must be a fresh one. On a CUDA device it
-is the most that torch had allocated.
+Python, torch and the process group were there and no model yet; so the process must be a fresh one. An allocator keeps
+what is freed and makes this vary by a tenth from run to run, so ranks of this machine run once more, two steps, with an
+allocator that returns it at once. On a CUDA device memory is the most that torch had allocated.
 """
 
 from __future__ import annotations
@@ -15,12 +16,27 @@ from typing import Any
 import torch
 
 from lasp.launch.backends import make_engine
-from lasp.launch.bench.ranks import Ranks
+from lasp.launch.bench.ranks import Ranks, local_ranks
 from lasp.launch.report import peak_memory_bytes
 from lasp.launch.schema import RunConfig
 from lasp.layout import SequenceLayout
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
+
+
+def measure_here(config: RunConfig, *, repeats: int) -> dict[str, Any]:
+    """:func:`measure` on ranks of this machine, started for it: one set for the time, one for the memory.
+
+    Raises:
+        ValueError: as :func:`measure`; more ranks than can be started.
+    """
+    size = config.cp_size * (config.dp_size or 1)
+    options = {"device": config.device, "timeout_s": config.timeout_s}
+    with local_ranks(size, **options) as ranks:
+        row = {**measure(ranks, config, repeats=repeats), "where": ranks.where}
+    with local_ranks(size, **options, exact_memory=True) as ranks:
+        again = measure(ranks, config, repeats=1)
+    return row | {key: again[key] for key in ("memory_bytes", "memory_bytes_of_each", "baseline_bytes")}
 
 
 def measure(ranks: Ranks, config: RunConfig, *, repeats: int) -> dict[str, Any]:
