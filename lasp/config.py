@@ -157,6 +157,8 @@ class ModelConfig:
         kv_heads: key and value heads of the softmax layers; None: ``heads``. Divides ``heads``.
         head_dim: width of a softmax head; None: ``dim / heads``.
         ffn_dim: hidden width of SwiGLU; None: 8/3 dim, rounded up to a multiple of 64.
+        ffn_tile: tokens whose hidden activations of SwiGLU exist at a time, in forward and backward; None: all. Same
+            values; a fifth more work in SwiGLU and memory that does not grow with tokens times ``ffn_dim``.
         mixer: the linear layers.
         window: softmax layers read this many newest keys; None: all.
         rope_theta: base of the rotary embedding.
@@ -176,6 +178,7 @@ class ModelConfig:
     kv_heads: int | None = None
     head_dim: int | None = None
     ffn_dim: int | None = None
+    ffn_tile: int | None = None
     mixer: MixerConfig = field(default_factory=lambda: MixerConfig.preset("basic"))
     window: int | None = None
     rope_theta: float = 10000.0
@@ -186,7 +189,7 @@ class ModelConfig:
     def __post_init__(self):
         check_types(self)
         check_positive(self, "vocab_size", "dim", "num_layers", "heads", "kv_heads", "head_dim", "ffn_dim")
-        check_positive(self, "window", "rope_theta", "norm_eps")
+        check_positive(self, "ffn_tile", "window", "rope_theta", "norm_eps")
         if not self.pattern or set(self.pattern) - {"L", "S"}:
             raise ValueError(f"pattern must be made of L (linear) and S (softmax), like 'LLLS', got {self.pattern!r}.")
         if len(self.pattern) > self.num_layers:

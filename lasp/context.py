@@ -85,8 +85,9 @@ class CPContext:
         self.fabric = None if fabric is None else Fabric.of(fabric)
         self.cp_rank, self.cp_size = dist.get_rank(group), size
         self.nodes = None if nodes is None else tuple(nodes)
-        if self.nodes is None and (exchange != "all_gather" or softmax_exchange == "ring"):
-            self.nodes = node_ids(group)  # also NCCL's first collective, which must be one of all ranks
+        if exchange != "all_gather" or softmax_exchange in ("ring", AUTO):
+            found = node_ids(group)  # also where it is known: NCCL's first collective must be one of all ranks
+            self.nodes = found if self.nodes is None else self.nodes
         self.tape: ExchangeTape | None = None
         self._made: dict[Hashable, object] = {}
         self._replaceable = False
@@ -221,14 +222,18 @@ def check_exchange(exchange, nodes, fabric, wire_dtype, softmax_exchange) -> Non
     """Refuse what cannot be, and options that would have no effect."""
     if exchange not in (*EXCHANGES, AUTO):
         raise ValueError(f"exchange must be one of {(*EXCHANGES, AUTO)}, got {exchange!r}.")
-    if softmax_exchange not in SOFTMAX_EXCHANGES:
-        raise ValueError(f"softmax_exchange must be one of {SOFTMAX_EXCHANGES}, got {softmax_exchange!r}.")
-    if exchange == AUTO and fabric is None:
-        raise ValueError(
-            f"exchange='auto' chooses by the links between ranks: fabric must name a preset, {', '.join(PRESETS)}, or "
-            f"a file that `lasp bench fabric` wrote, got None. Or name one of {tuple(EXCHANGES)}."
-        )
-    if fabric is not None and exchange not in (AUTO, "all_scan", "hierarchical"):
+    if softmax_exchange not in (*SOFTMAX_EXCHANGES, AUTO):
+        raise ValueError(f"softmax_exchange must be one of {(*SOFTMAX_EXCHANGES, AUTO)}, got {softmax_exchange!r}.")
+    for key, value, names in (
+        ("exchange", exchange, tuple(EXCHANGES)),
+        ("softmax_exchange", softmax_exchange, SOFTMAX_EXCHANGES),
+    ):
+        if value == AUTO and fabric is None:
+            raise ValueError(
+                f"{key}='auto' chooses by the links between ranks: fabric must name a preset, {', '.join(PRESETS)}, or "
+                f"a file that `lasp bench fabric` wrote, got None. Or name one of {names}."
+            )
+    if fabric is not None and exchange not in (AUTO, "all_scan", "hierarchical") and softmax_exchange != AUTO:
         raise ValueError(f"fabric has no effect on exchange={exchange!r}; leave it None, got {fabric!r:.80}.")
     if nodes is not None and exchange != "hierarchical" and fabric is None:
         raise ValueError(f"nodes has no effect on exchange={exchange!r}; leave it None, got {nodes!r:.80}.")

@@ -188,6 +188,28 @@ def estimate_softmax(
     return _priced(exchange, 1, traffic, fabric)
 
 
+def choose_softmax(
+    nodes: tuple[int, ...], kv_bytes: int, q_bytes: int, fabric: Fabric, *, candidates: Sequence[str]
+) -> Choice:
+    """The exchange of a softmax layer whose forward and backward together take least, of equals the first candidate.
+
+    Attention that hides it is not reckoned with. ``seconds`` are of both directions.
+    """
+    found = []
+    for exchange in candidates:
+        there, back = (estimate_softmax(exchange, nodes, kv_bytes, q_bytes, fabric, backward=b) for b in (False, True))
+        messages, sent = there.messages + back.messages, there.bytes_sent + back.bytes_sent
+        found.append(Estimate(exchange, 1, there.seconds + back.seconds, messages, sent))
+    taken = min(found, key=lambda e: e.seconds)
+    others = sorted((e for e in found if e is not taken), key=lambda e: e.seconds)
+    after = f"; next is {others[0].exchange} with {_time(others[0].seconds)}" if others else ""
+    reason = (
+        f"{taken.exchange} should take {_time(taken.seconds)}, forward and backward, for {kv_bytes / 2**20:.3g} MiB of "
+        f"keys and values per rank over {fabric.name}{after}."
+    )
+    return Choice(taken.exchange, 1, taken.seconds, taken.seconds, reason, tuple(found))
+
+
 def check_nodes(nodes: tuple[int, ...]) -> None:
     """Refuse what is no tuple of at least one positive number of ranks."""
     if not isinstance(nodes, tuple) or not nodes or any(type(n) is not int or n < 1 for n in nodes):

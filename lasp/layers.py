@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lasp.config import ModelConfig
 from lasp.context import CPContext
+from lasp.kernels.swiglu import tiled_swiglu
 from lasp.softmax import softmax_attention
 
 # cos and sin, each [T, 1, D / 2], per head width D
@@ -67,16 +68,19 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W_down (silu(W_gate x) * W_up x)."""
+    """W_down (silu(W_gate x) * W_up x); with ``tile`` over so many tokens at a time (:mod:`lasp.kernels.swiglu`)."""
 
-    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
+    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None, *, tile: int | None = None):
         super().__init__()
+        self.tile = tile
         self.gate_proj = Linear(dim, hidden_dim, device, dtype)
         self.up_proj = Linear(dim, hidden_dim, device, dtype)
         self.down_proj = Linear(hidden_dim, dim, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.tile is None or x.shape[:-1].numel() <= self.tile:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return tiled_swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight, self.tile)
 
 
 def rotary_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:

@@ -47,7 +47,7 @@ class Block(nn.Module):
         else:
             self.mixer = SoftmaxMixer(config, device, dtype)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps, device=device, dtype=dtype)
-        self.mlp = SwiGLU(config.dim, config.hidden_dim, device, dtype)
+        self.mlp = SwiGLU(config.dim, config.hidden_dim, device, dtype, tile=config.ffn_tile)
 
     def forward(self, x: Tensor, rotary: Rotary, cp=None, cache=None, keep_cache: bool = False):
         """x [B, T, dim] to (x [B, T, dim], cache | None)."""

@@ -62,4 +62,15 @@ MODEL_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 500000.0,
         "mixer": "basic",
     },
+    # GLA with about 1B parameters, as in ZeCO's comparison (arXiv 2507.01004), which gives no sizes: those are the
+    # defaults of the public GLA implementation, with 8 heads so that a value head is 256 wide.
+    "1b-gla": {
+        "vocab_size": 32000,
+        "dim": 2048,
+        "num_layers": 24,
+        "pattern": "L",
+        "heads": 8,
+        "ffn_dim": 5632,
+        "mixer": "gla",
+    },
 }

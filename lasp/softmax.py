@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lasp.checks import check_not_empty, check_scale, check_tensors, context_of
 from lasp.context import SOFTMAX_EXCHANGES, CPContext
+from lasp.exchange import AUTO
+from lasp.softmax_choice import softmax_choice
 from lasp.softmax_gather import GatherAttention
 from lasp.softmax_ring import RingAttention
 from lasp.softmax_ulysses import UlyssesAttention, check_heads
@@ -44,7 +46,8 @@ def softmax_attention(
         window: keep only ``i - window < j <= i``. Needs ``causal=True``, and another exchange than ``"ring"``.
         scale: default ``D ** -0.5``.
         exchange: ``"all_gather"`` (LASP-2H), ``"ring"`` (Ring Attention) or ``"ulysses"``, which needs a cp_size that
-            divides H, and that divides Hkv or is a multiple of it.
+            divides H, and that divides Hkv or is a multiple of it; ``"auto"``: the one of them whose messages are
+            predicted to take least on the context's fabric.
 
     Returns:
         [B, T_local, H, Dv] in q's dtype. Gradients have the same dtype.
@@ -57,6 +60,9 @@ def softmax_attention(
     cp = context_of(cp, q.shape[1])
     cp.check_tokens("q", q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if exchange == AUTO:
+        heads, widths = (q.shape[2], k.shape[2]), (q.shape[3], v.shape[3])
+        exchange = softmax_choice(cp, q.shape[0], heads, widths, q.element_size(), window).exchange
     if exchange == "ulysses":
         check_heads(q.shape[2], k.shape[2], cp.cp_size)
         return UlyssesAttention.apply(q, k, v, cp, causal, window, scale)
@@ -68,8 +74,8 @@ def softmax_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float | None, exchange: str):
-    if exchange not in SOFTMAX_EXCHANGES:
-        raise ValueError(f"exchange must be one of {SOFTMAX_EXCHANGES}, got {exchange!r}.")
+    if exchange not in (*SOFTMAX_EXCHANGES, AUTO):
+        raise ValueError(f"exchange must be one of {(*SOFTMAX_EXCHANGES, AUTO)}, got {exchange!r}.")
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"window must be an int of at least 1 (the token itself) or None, got {window!r}.")

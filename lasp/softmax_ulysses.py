@@ -62,6 +62,11 @@ class UlyssesAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
+def heads_fit(heads: int, kv_heads: int, cp_size: int) -> bool:
+    """Whether query and kv heads can be dealt to ``cp_size`` ranks."""
+    return heads % cp_size == 0 and (kv_heads % cp_size == 0 or cp_size % kv_heads == 0)
+
+
 def check_heads(heads: int, kv_heads: int, cp_size: int) -> None:
     """Refuse head counts that cannot be dealt to ``cp_size`` ranks.
 
@@ -69,11 +74,8 @@ def check_heads(heads: int, kv_heads: int, cp_size: int) -> None:
         ValueError: cp_size does not divide the query heads, or neither divides the kv heads nor is a multiple of them.
     """
 
-    def fits(size: int) -> bool:
-        return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-
-    if not fits(cp_size):
-        sizes = ", ".join(str(size) for size in range(1, heads + 1) if fits(size))
+    if not heads_fit(heads, kv_heads, cp_size):
+        sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads_fit(heads, kv_heads, size))
         raise ValueError(
             f"exchange='ulysses' deals whole heads to ranks: cp_size = {cp_size} must divide the H = {heads} query "
             f"heads, and divide or be a multiple of the Hkv = {kv_heads} kv heads. Use exchange='ring' or "

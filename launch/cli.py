@@ -138,6 +138,29 @@ def verify(config: str, overrides: tuple[str, ...], cp_size: int | None, **sizes
     sys.exit(compare(run, max(2, run.cp_size) if cp_size is None else cp_size))
 
 
+@cli.command()
+@click.option("--model", required=True, help="A preset, like 1b-gla, or a run's YAML file.")
+@click.option("--seq-len", help="Tokens of a sequence, like 32K or 4M; default: the YAML file's.")
+@click.option("--gpus", type=int, help="Default: the sizes of the YAML file.")
+@click.option("--fabric", required=True, help="A preset, like h100-ib, or a file of `lasp bench fabric`.")
+@click.option("--batch", type=int, help="Sequences of a step; default: the YAML file's, or 1.")
+@click.option("--gpus-per-node", type=int, default=8, show_default=True)
+@click.option("--memory", default="80GB", show_default=True, help="Of one GPU.")
+@click.option("--engine", help="ddp, fsdp2, zero0 to zero3, megatron; default: the best.")
+@click.option("--layout", help="contiguous or zigzag; default: the YAML file's, or contiguous.")
+@click.option("--device", help="h100, a100 or cpu; default: the fabric's.")
+@click.option(
+    "--tokens-per-s", type=float, help="Of one GPU without --cp and recompute, measured; default: the roofline."
+)
+@click.option("--explain", is_flag=True, help="Also all exchanges, and the memory term by term.")
+@click.option("--all", "every", is_flag=True, help="All candidates.")
+def plan(model: str, seq_len: str | None, gpus: int | None, fabric: str, **options) -> None:
+    """Predict how to run a model: mesh, engine, exchange and recomputation, with speed and memory. Starts nothing."""
+    from lasp.launch.plan_report import plan_command
+
+    plan_command(model, seq_len, gpus, fabric, **options)
+
+
 @cli.group()
 def data() -> None:
     """Prepare training data."""

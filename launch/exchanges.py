@@ -6,12 +6,13 @@ import torch
 
 from lasp.config import ModelConfig
 from lasp.context import CPContext
-from lasp.exchange import setting
+from lasp.exchange import AUTO, setting
 from lasp.kernels.state import state_dtype
 from lasp.launch.schema import RunConfig
 from lasp.layout import SequenceLayout
 from lasp.mixer import LinearMixer
 from lasp.parallel.mesh import Mesh
+from lasp.softmax_choice import softmax_choice
 
 
 def exchange_rows(config: RunConfig, mesh: Mesh) -> dict[str, str]:
@@ -19,14 +20,11 @@ def exchange_rows(config: RunConfig, mesh: Mesh) -> dict[str, str]:
     if mesh.cp_size == 1:
         return {"exchange": "none: one rank has the whole sequence"}
     layout = getattr(SequenceLayout, config.layout)(config.data.seq_len, mesh.cp_size)
-    options = config.exchange_options
-    cp, rows, kinds = mesh.cp_context(layout, options), {}, config.model.layer_kinds
+    cp, rows, kinds = mesh.cp_context(layout, config.exchange_options), {}, config.model.layer_kinds
     if "L" in kinds:
         rows["exchange"] = _linear(config.model, cp, config.torch_dtype, mesh.tp_size)
     if "S" in kinds:
-        window = config.model.window
-        halo = f"the {window - 1} tokens before each fragment: window = {window}" if window else ""
-        rows["softmax exchange"] = halo or f"{options.softmax_exchange}: as configured."
+        rows["softmax exchange"] = _softmax(config.model, cp, config.torch_dtype, mesh.tp_size)
     return rows
 
 
@@ -38,6 +36,15 @@ def _linear(model: ModelConfig, cp: CPContext, dtype: torch.dtype, tp_size: int)
     size = heads // tp_size * (state * wire + transition * states.itemsize)
     fabric = "" if cp.fabric else " With exchange=auto and a fabric (lasp bench fabric) it is chosen by prediction."
     return f"{chosen.reason} {size / 2**10:,.0f} KiB per layer and fragment.{fabric}"
+
+
+def _softmax(model: ModelConfig, cp: CPContext, dtype: torch.dtype, tp_size: int) -> str:
+    if cp.softmax_exchange == AUTO:
+        heads = model.heads // tp_size, max(1, (model.kv_heads or model.heads) // tp_size)
+        return softmax_choice(cp, 1, heads, (model.softmax_head_dim,) * 2, dtype.itemsize, model.window).reason
+    if model.window and cp.softmax_exchange == "all_gather":
+        return f"the {model.window - 1} tokens before each fragment: window = {model.window}"
+    return f"{cp.softmax_exchange}: as configured."
 
 
 def map_size(model: ModelConfig) -> tuple[int, int, int, int]:

@@ -91,7 +91,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     layout: Literal["contiguous", "zigzag"] = "contiguous"
     exchange: Literal["all_gather", "ring", "all_scan", "log_scan", "hierarchical", "auto"] = "all_gather"
-    softmax_exchange: Literal["all_gather", "ring", "ulysses"] = "all_gather"
+    softmax_exchange: Literal["all_gather", "ring", "ulysses", "auto"] = "all_gather"
     fabric: str | None = None
     wire_dtype: Literal["bfloat16"] | None = None
     timeout_s: Annotated[Positive, Field(ge=MIN_TIMEOUT_S, le=MAX_TIMEOUT_S)] = 600.0

@@ -224,9 +224,12 @@ def _check_same_tokenizer(checkpoint: checkpoints.Checkpoint, tokenizer: Tokeniz
         )
 
 
+_FREE = ("recompute", "ffn_tile")  # of the model, how it is computed
+
+
 def _architecture(config: RunConfig) -> dict[str, Any]:
     """The model's configuration without what may change between two runs of it."""
-    return {key: value for key, value in dataclasses.asdict(config.model).items() if key != "recompute"}
+    return {key: value for key, value in dataclasses.asdict(config.model).items() if key not in _FREE}
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

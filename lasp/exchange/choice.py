@@ -66,7 +66,7 @@ def setting(cp: CPContext, state: int, transition: int, value_dim: int, dtype: t
         value_dim: V.
         dtype: of the states.
     """
-    if cp.fabric is None:
+    if cp.fabric is None or cp.exchange not in (AUTO, "all_scan", "hierarchical"):
         slices = min(SLICES, value_dim) if cp.exchange == "all_scan" else 1
         return Setting(cp.exchange, slices, f"{cp.exchange}: as configured.")
     ranks = Counter(cp.nodes)

@@ -323,6 +323,66 @@ def test_swiglu():
     assert_close("swiglu", layer(x), (gate * gate.sigmoid() * up) @ layer.down_proj.weight.T, 1e-13)
 
 
+def grads_of(layer, x, dy):
+    """The output of a layer, and the gradients of x and of its parameters."""
+    y = layer(x)
+    return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
+
+
+def swiglus(*tiles, dtype=torch.float64, dim=6, hidden=10):
+    """Layers with the same parameters and different tiles."""
+    layers = [SwiGLU(dim, hidden, dtype=dtype, tile=tile) for tile in tiles]
+    for parameters in zip(*(layer.parameters() for layer in layers), strict=True):
+        torch.nn.init.normal_(parameters[0], std=dim**-0.5)
+        for other in parameters[1:]:
+            other.data.copy_(parameters[0].data)
+    return layers
+
+
+@pytest.mark.parametrize("tile", [1, 5, 13, 14])
+def test_swiglu_over_tiles_equals_swiglu(tile):
+    """Rows of a batch are one run of tokens, and the last tile may be short."""
+    whole, tiled = swiglus(None, tile)
+    x, dy = (torch.randn(2, 7, 6, dtype=torch.float64, requires_grad=needed) for needed in (True, False))
+    for a, b in zip(grads_of(tiled, x, dy), grads_of(whole, x, dy), strict=True):
+        assert_close("swiglu", a, b, 1e-12)
+
+
+def test_swiglu_over_tiles_keeps_its_input_alone_and_frozen_weights_get_no_gradient():
+    (layer,) = swiglus(8)
+    layer.up_proj.weight.requires_grad_(False)
+    x = torch.randn(1, 100, 6, dtype=torch.float64)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert sum(t.numel() for t in kept) == x.numel() + 3 * 60
+    y.sum().backward()
+    assert layer.up_proj.weight.grad is None and layer.gate_proj.weight.grad.abs().min() > 0
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+def test_swiglu_over_tiles_in_bf16_is_as_accurate_as_whole(autocast):
+    """Weights' gradients are summed over tiles in fp32: many small tiles lose nothing."""
+    dim, hidden, dtype = 16, 48, torch.float32 if autocast else torch.bfloat16
+    whole, tiled = swiglus(None, 2, dtype=dtype, dim=dim, hidden=hidden)
+    x, dy = (torch.randn(1, 512, dim, dtype=dtype, requires_grad=needed) for needed in (True, False))
+    (exact,) = swiglus(None, dim=dim, hidden=hidden)
+    exact.load_state_dict(whole.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = tiled(x)
+    assert y.dtype == torch.bfloat16
+    results = []
+    for layer in (whole, tiled):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            results.append(grads_of(layer, x, dy.bfloat16()))
+    reference = grads_of(exact, x.double().detach().requires_grad_(), dy.bfloat16().double())
+    for expected, mine, wanted in zip(*results, reference, strict=True):
+        assert mine.dtype == expected.dtype
+        assert relative_error(mine, wanted) <= 1.1 * relative_error(expected, wanted) + 2**-9
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_softmax_mixer_equals_its_definition(window):
     """Grouped queries, rotary positions that restart in each document, and a window."""

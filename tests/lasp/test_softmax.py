@@ -237,7 +237,7 @@ def test_sixteen_bit_errors_are_those_of_one_device(ranks):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"exchange": "rings"}, r"exchange must be one of \('all_gather', 'ring', 'ulysses'\), got 'rings'"),
+        ({"exchange": "rings"}, r"exchange must be one of \('all_gather', 'ring', 'ulysses', 'auto'\), got 'rings'"),
         ({"window": 0}, "window must be an int of at least 1 .* got 0"),
         ({"window": 2.0}, "window must be an int .* got 2.0"),
         ({"window": True}, "window must be an int .* got True"),

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lasp import CPContext, SequenceLayout, comm, softmax_attention, softmax_ring
+from lasp.fabric import Fabric, Link
 from lasp.kernels import reference
+from lasp.softmax_choice import softmax_choice
 from lasp.softmax_ulysses import check_heads
 from tests.harness import assert_close, relative_error
 from tests.lasp.test_halo import layouts, random_layouts
@@ -250,6 +252,34 @@ def test_a_models_softmax_layers_take_the_exchange_of_the_context(ranks):
         assert first == second == [(i, name, place) for i, place in enumerate(forward + backward)]
 
 
+def chosen(group, link, kv_heads, window):
+    """What auto takes, the messages of a forward under it, and how far its output is from the gather's."""
+    layout = SequenceLayout.zigzag(48, dist.get_world_size(group))
+    fabric = Fabric("test", link, link, 1, 1e-6, "made up")
+    cp = CPContext(layout, group, softmax_exchange="auto", fabric=fabric, nodes=(0, 1, 2))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 48, heads, 4, generator=generator) for heads in (6, kv_heads, kv_heads))
+    q, k, v = (layout.shard(x, cp.cp_rank) for x in (q, k, v))
+    with comm.record() as ledger:
+        o = softmax_attention(q, k, v, cp=cp, window=window, exchange=cp.softmax_exchange)
+    choice = softmax_choice(cp, 1, (6, kv_heads), (4, 4), 4, window)
+    error = relative_error(o, softmax_attention(q, k, v, cp=cp, window=window))
+    return choice.exchange, choice.reason, set(ledger.calls), error
+
+
+def test_auto_takes_what_the_fabric_serves_and_the_heads_allow(ranks):
+    thin, slow = Link(1e-9, 1e3), Link(1.0, 1e12)
+    for link, kv_heads, window, expected, calls in (
+        (thin, 6, None, "ulysses", {"all_to_all"}),
+        (thin, 2, None, "all_gather", {"all_gather"}),  # 3 ranks do not divide 2 heads
+        (slow, 2, 5, "all_gather", {"all_to_all"}),  # the halo
+    ):
+        results = ranks.run(chosen, link, kv_heads, window, size=3)
+        assert len({(name, reason) for name, reason, _, _ in results}) == 1
+        for name, reason, seen, error in results:
+            assert (name, seen) == (expected, calls) and reason.startswith(expected) and error < 1e-6
+
+
 def refusals(group):
     """Messages of what all ranks refuse, and whether anything was sent."""
     cp = CPContext(SequenceLayout.zigzag(24, 4), group)
@@ -278,7 +308,7 @@ def test_what_cannot_serve_is_refused_on_every_rank_with_the_alternatives(ranks)
             "window=5 has no use for exchange='ring': whole shards would travel for 4 tokens. Use 'all_gather', which "
             "fetches just these, or 'ulysses'."
         )
-        assert name == "softmax_exchange must be one of ('all_gather', 'ring', 'ulysses'), got 'rings'."
+        assert name == "softmax_exchange must be one of ('all_gather', 'ring', 'ulysses', 'auto'), got 'rings'."
         assert calls == {}
 
 

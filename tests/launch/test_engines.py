@@ -44,9 +44,15 @@ def alone(tmp_path_factory):
     return expected, folder / "run"
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"])
-def test_twenty_steps_with_accumulation_and_clipping(ranks, tmp_path, alone, engine):
-    ranks.run(_train_on_ranks, _config(tmp_path / "four"), [f"engine={engine}", "cp=2", "dp=2"], size=4)
+TILED = ["model.recompute=true", "model.ffn_tile=50"]
+RUNS = {name: [] for name in ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")}
+RUNS |= {"ddp tiled": TILED[1:], "fsdp2 tiled": TILED, "zero3 tiled": TILED}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_twenty_steps_with_accumulation_and_clipping(ranks, tmp_path, alone, run):
+    options = [f"engine={run.split()[0]}", "cp=2", "dp=2", *RUNS[run]]
+    ranks.run(_train_on_ranks, _config(tmp_path / "four"), options, size=4)
     check(curve(tmp_path / "four" / "run"), alone[0], range(1, STEPS + 1), 1e-5, evaluations=2)
 
 

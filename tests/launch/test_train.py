@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import math
 import os
@@ -22,6 +24,12 @@ FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "lr", "tokens", "seconds"
 def _train_on_ranks(group, path, overrides):
     config = load_config(path, overrides)
     _train(config, Mesh.build(config.cp_size, config.dp_size, group))
+
+
+def _printed_on_ranks(group, path, overrides):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        _train_on_ranks(group, path, overrides)
+    return " ".join(out.getvalue().split())
 
 
 def _losses(run_dir):
@@ -62,6 +70,28 @@ def test_the_loss_curve_is_the_same_on_every_mesh(ranks, tmp_path, finished, ove
     for record, wanted in zip(records, expected, strict=True):
         for key in {"loss", "grad_norm", "eval_loss", "labels"} & wanted.keys():
             assert record[key] == pytest.approx(wanted[key], rel=2e-4), (record["step"], key)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "linear", "softmax"),
+    [
+        (["exchange=auto", "fabric=laptop", "softmax_exchange=ring"], "ms for a state of", "ring: as configured."),
+        (
+            ["exchange=log_scan", "softmax_exchange=ulysses", "cp=2"],
+            "log_scan: as configured.",
+            "ulysses: as configured.",
+        ),
+    ],
+    ids=["auto", "named"],
+)
+def test_a_run_says_how_it_exchanges_and_why(ranks, tmp_path, finished, overrides, linear, softmax):
+    size = 2 if "cp=2" in overrides else 4
+    text, *_ = ranks.run(_printed_on_ranks, tiny_yaml(tmp_path), ["cp=4", *overrides], size=size)
+    described = text[text.index("exchange") : text.index("summary")]
+    assert linear in described and f"softmax exchange {softmax}" in described, described
+    if size == 4:
+        assert "between 4 ranks on 1 node over laptop; next is" in described, described
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(finished.run_dir), rel=2e-4)
 
 
 @pytest.mark.parametrize("overrides", [[], ["cp=2"], ["dp=2"]], ids=["same", "cp=2", "dp=2"])

@@ -96,6 +96,12 @@ def test_a_correct_model_passes_in_every_dtype(ranks, config, size, dtype):
     assert verifying.explain(found, PATTERN) is None, [f for f in found if f.ranks]
 
 
+@pytest.mark.parametrize(("exchange", "softmax"), [("ring", "ring"), ("all_scan", "ring"), ("hierarchical", "ring")])
+def test_a_correct_model_passes_with_other_exchanges(ranks, config, exchange, softmax):
+    config = config.model_copy(update={"exchange": exchange, "softmax_exchange": softmax})
+    assert verifying.explain(findings(ranks, config, None, 3), PATTERN) is None
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

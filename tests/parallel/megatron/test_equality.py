@@ -72,6 +72,14 @@ def test_packed_documents(gpt_ranks, mixer):
     check(gpt_ranks, dataclasses.replace(FULL, mixer=mixer, packed=True))
 
 
+@pytest.mark.parametrize(
+    ("exchange", "softmax", "packed"), [("hierarchical", "ring", True), ("all_scan", "ulysses", False)]
+)
+def test_other_exchanges(gpt_ranks, exchange, softmax, packed):
+    own = {"exchange": exchange, "softmax_exchange": softmax, "packed": packed, "recompute": "full"}
+    check(gpt_ranks, dataclasses.replace(FULL, mixer=CHANNEL, **own))
+
+
 def test_a_windowed_softmax_layer(gpt_ranks):
     check(gpt_ranks, dataclasses.replace(FULL, window=7))
 

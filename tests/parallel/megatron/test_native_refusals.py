@@ -24,6 +24,7 @@ MODELS = [
     ({"mixer": {"expand_v": 2.0}}, {}, "heads of one width, got {'mixer.key_dim': 8, 'mixer.value_dim': 16}"),
     ({"pattern": "LS", "head_dim": 16}, {}, "heads of one width"),
     ({"mixer": {"decay": "channel", "gate": "logsigmoid", "gate_rank": 4}}, {}, "has no mixer.gate_rank, got 4"),
+    ({"ffn_tile": 16}, {}, "has no model.ffn_tile, got 16: the feed-forward layers are Megatron's. Leave it out"),
     ({"mixer": {"out_norm": "srms"}}, {"tp": 2}, "out_norm=srms spans all heads, and tp_size = 2 cuts them"),
     ({}, {"tp": 3}, r"vocab_size \(filled up\) = 128 must be a multiple of tp_size = 3"),
     ({"ffn_dim": 50}, {"tp": 4}, "ffn_dim = 50 must be a multiple of tp_size = 4"),

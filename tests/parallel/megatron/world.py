@@ -43,6 +43,8 @@ class Case:
     groups: int = 2
     window: int | None = None
     packed: bool = False
+    exchange: str = "all_gather"
+    softmax_exchange: str = "all_gather"
     spread: bool = False  # micro-batches over data-parallel ranks; else each has all of them
     distributed_optimizer: bool = False
     recompute: str | None = None
@@ -136,7 +138,8 @@ def make_chunks(case: Case, config=None) -> list[nn.Module]:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
-    from lasp.parallel.megatron import hybrid_layer_spec
+    from lasp.options import ExchangeOptions
+    from lasp.parallel.megatron import CPContexts, hybrid_layer_spec
 
     config = config or make_config(case)
     chunks = []
@@ -149,6 +152,7 @@ def make_chunks(case: Case, config=None) -> list[nn.Module]:
             order=case.order,
             window=case.window,
             vp_stage=vp_stage,
+            contexts=CPContexts(case.order, ExchangeOptions(case.exchange, case.softmax_exchange)),
         )
         block.layer_norm = Norm
         for layer in block.layer_specs:
