@@ -55,7 +55,7 @@ def measure_fabric(ranks: Ranks, name: str, source: str, *, sizes: Sequence[int]
     links = {level: links.get(level) or next(iter(links.values())) for level in pairs}  # a level that there is not
     fabric = Fabric(name, links["within"], links["between"], _interfaces(ranks), 0.0, source)
 
-    if _one_machine(ranks):
+    if ranks.one_machine and ranks.device == "cpu":  # all share its processors
         together = _pass_on_seconds(ranks, sizes)
         points["all at once"] = together
         alone = {size: max(links[level].seconds(size) for level in points if level in links) for size in sizes}
@@ -203,12 +203,7 @@ def _pair(nodes: Sequence[int], *, same: bool) -> list[int] | None:
 
 def _interfaces(ranks: Ranks) -> int:
     """Interfaces of a node: GPUs have one each as clusters are built today; processes on CPUs share one."""
-    return max(ranks.nodes.count(node) for node in set(ranks.nodes)) if "cuda" in ranks.where else 1
-
-
-def _one_machine(ranks: Ranks) -> bool:
-    """Whether the ranks of all nodes share the processors of one machine."""
-    return "cuda" not in ranks.where and ("virtual" in ranks.where or len(set(ranks.nodes)) == 1)
+    return max(ranks.nodes.count(node) for node in set(ranks.nodes)) if ranks.device == "cuda" else 1
 
 
 def _transfer(mesh: Mesh, x: torch.Tensor, *, to: int | None, of: int | None) -> None:

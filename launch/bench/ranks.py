@@ -60,11 +60,15 @@ class Ranks(ABC):
     Attributes:
         nodes: node id per rank.
         where: what they run on, in words.
+        device: ``cpu`` or ``cuda``.
+        one_machine: whether all run on one, whatever their nodes are.
         is_first: whether this process writes files and prints.
     """
 
     nodes: tuple[int, ...]
     where: str
+    device: str
+    one_machine: bool
     is_first: bool = True
 
     @property
@@ -89,7 +93,8 @@ class JoinedRanks(Ranks):
         hosts = mesh.gather(socket.gethostname())
         order = list(dict.fromkeys(hosts))
         self.nodes = tuple(order.index(host) for host in hosts)
-        self.where = f"{mesh.world_size} rank(s) on {len(order)} host(s), {mesh.device.type}"
+        self.device, self.one_machine = mesh.device.type, len(order) == 1
+        self.where = f"{mesh.world_size} rank(s) on {len(order)} host(s), {self.device}"
 
     def ask(self, work: str, **arguments: Any) -> list[Any]:
         """See :meth:`Ranks.ask`. A rank's own error ends that rank; the others name it when they have waited."""
@@ -196,13 +201,14 @@ def local_ranks(
         ValueError: too many; too few devices.
     """
     _check_count(size)
-    choose_device(device, Job(local_world_size=size))
+    chosen = choose_device(device, Job(local_world_size=size)).type
     store = open_store()  # lives as long as the ranks
     own = {_TIMEOUT_S: str(timeout_s), _DEVICE: device, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     own |= _EXACT_MEMORY if exact_memory else {}
     environments = [{**os.environ, **rank_environment(rank, size, store.port), **own} for rank in range(size)]
     with ending_on_signals(), contextlib.closing(ProcessRanks([_COMMAND] * size, environments, timeout_s)) as ranks:
-        ranks.nodes, ranks.where = (0,) * size, f"{size} rank(s) of one machine, {device}"
+        ranks.nodes, ranks.device, ranks.one_machine = (0,) * size, chosen, True
+        ranks.where = f"{size} rank(s) of one machine, {chosen}"
         yield ranks
 
 
@@ -232,7 +238,7 @@ def virtual_ranks(cluster: VirtualCluster, ranks_per_host: int, *, timeout_s: fl
     ]
     commands = [cluster.command(host, _COMMAND) for host in nodes]
     with ending_on_signals(), contextlib.closing(ProcessRanks(commands, environments, timeout_s)) as ranks:
-        ranks.nodes = nodes
+        ranks.nodes, ranks.device, ranks.one_machine = nodes, "cpu", True
         ranks.where = f"virtual cluster: {len(cluster.names)} host(s) x {ranks_per_host} rank(s), TCP, tc tbf"
         yield ranks
 
