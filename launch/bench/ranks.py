@@ -22,7 +22,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -33,8 +32,9 @@ from typing import Any
 import torch
 
 from lasp.comm import CommError
+from lasp.launch.bench.signals import ending_on_signals
 from lasp.launch.bench.virtual_cluster import VirtualCluster
-from lasp.launch.local import Interrupted, RankFailure, rank_environment
+from lasp.launch.local import RankFailure, rank_environment
 from lasp.launch.processes import ending_with_parent
 from lasp.launch.rendezvous import Job, choose_device, open_store, process_group
 from lasp.parallel.files import explained
@@ -109,15 +109,8 @@ class ProcessRanks(Ranks):
         self._processes: list[subprocess.Popen] = []
         try:
             for command, environment in zip(commands, environments, strict=True):
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    env=environment,
-                    start_new_session=True,  # Ctrl-C is for this process, which ends them
-                    preexec_fn=ending_with_parent(),  # noqa: PLW1509
-                )
-                self._processes.append(process)
+                with _uninterrupted() as before:  # a signal between start and append would leave a process behind
+                    self._processes.append(_start(command, environment, before))
             self._answers(max(_START_S, timeout_s), "start")
         except BaseException:
             self.close()
@@ -173,17 +166,43 @@ class ProcessRanks(Ranks):
 
     def close(self) -> None:
         """End the ranks."""
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
+        with _uninterrupted():
             for process in self._processes:
                 process.kill()
             for process in self._processes:
                 process.wait()
                 process.stdin.close()
                 process.stdout.close()
-        finally:
             self._processes = []
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[set]:
+    """Signals that end a benchmark wait until the block is over. Gives the mask from before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(command: list[str], environment: dict[str, str], mask: set) -> subprocess.Popen:
+    """A rank that ends with this process; ``mask``: the signals it blocks."""
+    end_with_parent = ending_with_parent()
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if end_with_parent is not None:
+            end_with_parent()
+
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is for this process, which ends them
+        preexec_fn=prepare,  # noqa: PLW1509  all it does is two system calls
+    )
 
 
 @contextlib.contextmanager
@@ -257,23 +276,6 @@ def found_ranks(size: int, *, device: str = "auto", timeout_s: float = 300.0):
     if job is not None:
         return joined_ranks(job, device=device, timeout_s=timeout_s)
     return local_ranks(size, device=device, timeout_s=timeout_s)
-
-
-@contextlib.contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """SIGTERM in the block is an exception, so that everything that was started is ended."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise Interrupted("interrupted: the ranks were ended, and nothing more is measured.")
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 _COMMAND = [sys.executable, "-m", "lasp.launch.bench.ranks"]

@@ -11,6 +11,7 @@ all goes when the block ends, by an error or a signal too; what a killed process
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -20,6 +21,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
+from lasp.launch.bench.signals import ending_on_signals
 from lasp.launch.processes import send
 
 PORT = 29400  # of rank 0's store: no other program shares the namespace
@@ -51,8 +53,10 @@ class VirtualCluster:
         self.names = tuple(f"{tag}h{n}" for n in range(hosts))
         self.addresses = tuple(f"{_SUBNET}.{n + 1}" for n in range(hosts))
         self._switch = f"{tag}sw"
+        self._signals = contextlib.ExitStack()
 
     def __enter__(self) -> VirtualCluster:
+        self._signals.enter_context(ending_on_signals())
         try:
             _remove(owner for owner in _namespaces() if not _alive(owner))
             self._build()
@@ -63,7 +67,8 @@ class VirtualCluster:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         own = {*self.names, self._switch}
-        _remove(name for name in _namespaces() if name in own)
+        with self._signals:
+            _remove(name for name in _namespaces() if name in own)
 
     def command(self, host: int, command: Sequence[str]) -> list[str]:
         """``command`` as it runs on ``host``: in its namespace, under its name; the process stays the same one."""
