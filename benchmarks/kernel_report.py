@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -178,11 +177,3 @@ def markdown(report: dict) -> str:
         shown = "; ".join(f"{c.implementation} {c.gate} H={c.heads} D={c.dim} T={c.length:,}" for c in cells[:6])
         lines.append(f"- {reason}: {shown}{f'; and {len(cells) - 6} more' if len(cells) > 6 else ''}")
     return "\n".join(lines).rstrip() + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Replace ``path`` in one step, so that a killed run leaves a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -52,9 +52,10 @@ from kernel_report import (
     minimal_bytes,
     order,
     pass_bytes,
-    write,
 )
 from kernel_timing import Stopwatch, pass_times
+
+from lasp.parallel.files import replace_text
 
 LENGTHS, HEADS, DIMS = (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20), (16, 64), (64, 128, 256)
 DRY_LENGTHS, DRY_HEADS, DRY_DIMS = (64, 128), (2,), (16,)
@@ -296,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
             print(*(row[name] for name in Cell.__dataclass_fields__), *text, row["reason"] or "", flush=True)
         report["rows"] = list(rows.values())
         if args.json:
-            write(args.json, json.dumps(report, indent=1) + "\n")
+            replace_text(args.json, json.dumps(report, indent=1) + "\n")
 
     if args.dry:
         print("dry run in Triton's interpreter: the times mean nothing")
@@ -305,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     run_all([c for c in cells if rows[c]["status"] == NOT_REACHED], bench.measure, store, args.budget_seconds)
     print(markdown(report))
     if args.markdown:
-        write(args.markdown, markdown(report))
+        replace_text(args.markdown, markdown(report))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from datetime import timedelta
@@ -28,6 +27,7 @@ from torch.distributed import TCPStore
 
 from lasp import SequenceLayout, comm
 from lasp.config import ModelConfig
+from lasp.launch.host import commit, processor
 from lasp.launch.rendezvous import open_store
 from lasp.model import LinearLlama
 from lasp.parallel.engine import OptimizerSettings, build_engine
@@ -139,19 +139,6 @@ def main() -> None:
         print(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
-
-
-def processor() -> str:
-    """The name of this machine's."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def commit() -> str:
-    """The commit that is measured."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import click
 
+from lasp.launch.bench.commands import bench
+
 _FAILURE, _INTERRUPTED = 1, 130
 _DEBUG = "--debug"
 
@@ -245,6 +247,9 @@ def convert(source: str, target: str, weights_only: bool, config: str | None) ->
             raise ValueError(f"--weights-only has no effect when {source} is read: leave it out.")
         path = from_file(Path(source), Path(target), None if config is None else load_config(config))
         click.echo(f"{path}: good; train in it with run_dir={target}")
+
+
+cli.add_command(bench)
 
 
 def main() -> None:

@@ -184,6 +184,19 @@ def limits(world_size: int, cuda: bool, problems: list[str]) -> Rows:
     return {name: "unlimited" if value == resource.RLIM_INFINITY else f"{value:,}" for name, value in values.items()}
 
 
+def processor() -> str:
+    """The name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit of this source tree; ``unknown`` where there is no history."""
+    return _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty") or "unknown"
+
+
 def _output(*command: str) -> str:
     """What a program prints; nothing where it is absent or fails."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,19 @@ def reading(path: str | Path):
 def writing(path: str | Path):
     """A context in which a failure to write ``path`` says what and why."""
     return _one_sentence("cannot write", path, "Free the disk or name a folder that can be written.")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write ``path`` in one step, so that a killed program leaves a whole file, the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
 
 
 def explained(error: Exception) -> str:
