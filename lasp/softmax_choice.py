@@ -38,8 +38,7 @@ def softmax_choice(
             "exchange='auto' chooses by the links between ranks: make the context with fabric=..., or name "
             "'all_gather', 'ring' or 'ulysses'."
         )
-    ranks = Counter(cp.nodes)
-    nodes = tuple(ranks[node] for node in sorted(ranks))
+    nodes = tuple(Counter(cp.nodes).values())
     longest = max(cp.layout.num_tokens(rank) for rank in range(cp.cp_size))
     names = ("all_gather", "ring", *(("ulysses",) if heads_fit(*heads, cp.cp_size) else ()))
     tokens = batch * longest * itemsize

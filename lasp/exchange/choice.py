@@ -69,9 +69,8 @@ def setting(cp: CPContext, state: int, transition: int, value_dim: int, dtype: t
     if cp.fabric is None or cp.exchange not in (AUTO, "all_scan", "hierarchical"):
         slices = min(SLICES, value_dim) if cp.exchange == "all_scan" else 1
         return Setting(cp.exchange, slices, f"{cp.exchange}: as configured.")
-    ranks = Counter(cp.nodes)
     case = cost.Case(
-        tuple(ranks[node] for node in sorted(ranks)),
+        tuple(Counter(cp.nodes).values()),
         state * (cp.wire_dtype or dtype).itemsize,
         transition * dtype.itemsize,
         cp.layout.max_fragments,

@@ -13,6 +13,7 @@ from lasp.exchange import EXCHANGES, setting
 from lasp.fabric import Fabric, Link
 from tests.harness import RankPool
 from tests.lasp.linear_cases import PACKED, Case, expected, matrix, results, special, worst
+from tests.lasp.test_comm import Places
 
 OTHERS = tuple(name for name in EXCHANGES if name != "all_gather")
 NODES = {1: (0,), 2: (0, 1), 3: (0, 0, 1), 4: (0, 0, 0, 1), 5: (0, 1, 1, 1, 2), 6: (0, 0, 0, 0, 1, 1)}
@@ -94,26 +95,12 @@ def test_a_rank_that_never_arrives_is_named(ranks, name):
         assert "(linear, forward)" in message, (rank, message)
 
 
-class Numbers(comm.Observer):
-    """Numbers and places of this rank's collectives, exchanges by messages among them."""
-
-    def __init__(self):
-        self.seen, self.open = [], set()
-
-    def entered(self, call):
-        self.seen.append((call.number, call.place))
-        self.open.add(call)
-
-    def left(self, call):
-        self.open.remove(call)
-
-
 def numbers_of(group, name, states):
     """What observers and the ledger see of one forward and one backward, and of a collective after it."""
     layout = SequenceLayout.contiguous(64, dist.get_world_size(group))
     cp, x = CPContext(layout, group, name), Case("channel", borders=(0, 64)).inputs()
     local = {n: layout.shard(x[n], cp.cp_rank).float().requires_grad_() for n in "qkvg"}
-    seen = Numbers()
+    seen = Places()
     seen.attach()
     try:
         with comm.record() as ledger:
