@@ -75,11 +75,15 @@ def run(algorithm: Algorithm, wire: Wire, messages: Messages) -> None:
     plan = [(_by_peer(round_.sends), _by_peer(round_.receives)) for round_ in algorithm.rounds]
     inbox = [{peer: _buffer(wire, parcels) for peer, parcels in receives.items()} for _, receives in plan]
     works = [messages.post((), tuple(buffers.items())) if early else [] for buffers in inbox]
+    before: set[int] = set()
     for (sends, receives), buffers, posted in zip(plan, inbox, works, strict=True):
         if not sends and not receives:
             continue
         outbox = [(to, wire.pack([algorithm.outgoing(p.key) for p in ps], ps)) for to, ps in sends.items()]
         if early:
+            if sends and before != set(sends):
+                messages.flush()  # a rank that waits for nobody would share its link among all rounds at once
+                before = set(sends)
             messages.post(outbox, ())
         else:
             posted = messages.post(outbox, tuple(buffers.items()))

@@ -42,6 +42,9 @@ class Box:
             self.mail.bytes[self.rank] += x.numel()
         return list(receives)
 
+    def flush(self):
+        """What is sent is on its way."""
+
     def wait(self, works):
         for peer, x in works:
             while not self.mail.queues.get((peer, self.rank)):
