@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lasp import CPContext, SequenceLayout, comm, linear_attention
 from lasp.exchange import EXCHANGES, setting
 from lasp.fabric import Fabric, Link
+from lasp.hosts import node_ids
 from tests.harness import RankPool
 from tests.lasp.linear_cases import PACKED, Case, expected, matrix, results, special, worst
 
@@ -92,6 +93,22 @@ def test_a_rank_that_never_arrives_is_named(ranks, name):
         kind, message = results[rank]
         assert kind == "CommError" and "rank 1 never reached collective" in message, (rank, message)
         assert "(linear, forward)" in message, (rank, message)
+
+
+def asked_twice(group, folder):
+    """Ranks per node of the default group, which at first has four ranks, later two."""
+    rank, found = dist.get_rank(), [len(node_ids(None))]
+    dist.destroy_process_group()
+    if rank < 2:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2)
+        found.append(len(node_ids(None)))
+    return found
+
+
+def test_the_default_group_may_become_another_one(ranks, tmp_path):
+    found = ranks.run(asked_twice, tmp_path, size=4)
+    ranks.restart()
+    assert found == [[4, 2], [4, 2], [4], [4]]
 
 
 class Numbers(comm.Observer):
