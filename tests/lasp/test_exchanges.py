@@ -227,6 +227,7 @@ def refused(group):
             {"exchange": "ring", "fabric": "laptop"},
             {"exchange": "log_scan", "nodes": (0, 1)},
             {"exchange": "hierarchical", "nodes": (0, 1, 2)},
+            {"exchange": "hierarchical", "nodes": ("a", "b")},
             {"exchange": "ring", "wire_dtype": torch.float16},
             {"softmax_exchange": "gossip"},
         ):
@@ -246,9 +247,10 @@ def test_what_cannot_serve_is_refused_with_the_alternatives(ranks):
         "fabric must name a preset, h100-ib.*lasp bench fabric.*Or name one of",
         "unknown fabric 'carrier-pigeon': the presets are h100-ib",
         "fabric file missing.json does not exist. `lasp bench fabric` measures one",
-        "fabric has no effect on exchange='ring'",
+        "fabric has no effect on exchange='ring'; leave it None, got 'laptop'. It chooses for 'auto'",
         "nodes has no effect on exchange='log_scan'",
         "nodes must hold the node of each rank of the group: 2 ranks, got 3",
+        r"nodes must hold integers, equal on ranks that share a machine, got \('a', 'b'\)",
         "wire_dtype must be torch.bfloat16 or None",
         "softmax_exchange must be one of.*ulysses",
     ]
