@@ -146,8 +146,8 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
         raise ValueError(f"cp_size must be at least 2 to compare with one rank, got {cp_size}. Pass --cp 2.")
     if config.wire_dtype is not None:
         raise ValueError(
-            f"wire_dtype={config.wire_dtype} rounds states on purpose, and verify tells rounding from faults by what one "
-            "rank rounds, which sends nothing. Add wire_dtype=null: the exchange is the same."
+            f"wire_dtype={config.wire_dtype} rounds states on purpose, and verify tells rounding from faults by what "
+            "one rank rounds, which sends nothing. Add wire_dtype=null: the exchange is the same."
         )
     only = {"backend": "native", "tp_size": 1, "pp_size": 1, "cp_size": 1, "dp_size": 1, "megatron": MegatronConfig()}
     one = config.model_copy(update=only)

@@ -122,7 +122,7 @@ def test_verify_needs_more_than_one_rank(config):
 
 def test_verify_needs_a_wire_that_does_not_round(config):
     with pytest.raises(ValueError, match=r"wire_dtype=bfloat16 rounds states on purpose.* Add wire_dtype=null"):
-        verify(config.model_copy(update={"wire_dtype": "bfloat16"}), 2)
+        verifying.verify(config.model_copy(update={"wire_dtype": "bfloat16"}), 2)
 
 
 def test_a_held_out_sequence_that_cannot_be_cut_is_left_out_by_name(tmp_path, capsys):
