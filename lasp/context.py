@@ -75,6 +75,11 @@ class CPContext:
                 f"the group must have as many ranks as the layout: layout.cp_size = {layout.cp_size}, group size "
                 f"{size}. Build the layout with cp_size={size} or pass the cp_group."
             )
+        if nodes is not None and not all(isinstance(node, int) for node in nodes):
+            raise ValueError(
+                f"nodes must hold integers, equal on ranks that share a machine, got {nodes!r:.80}. Leave it None to "
+                "ask the hosts."
+            )
         if nodes is not None and len(nodes) != size:
             raise ValueError(
                 f"nodes must hold the node of each rank of the group: {size} ranks, got {len(nodes)} entries. Leave "
@@ -234,7 +239,11 @@ def check_exchange(exchange, nodes, fabric, wire_dtype, softmax_exchange) -> Non
                 f"a file that `lasp bench fabric` wrote, got None. Or name one of {names}."
             )
     if fabric is not None and exchange not in (AUTO, "all_scan", "hierarchical") and softmax_exchange != AUTO:
-        raise ValueError(f"fabric has no effect on exchange={exchange!r}; leave it None, got {fabric!r:.80}.")
+        name = getattr(fabric, "name", fabric)
+        raise ValueError(
+            f"fabric has no effect on exchange={exchange!r}; leave it None, got {str(name)!r:.80}. It chooses for "
+            "'auto', and the number of slices for 'all_scan' and 'hierarchical'."
+        )
     if nodes is not None and exchange != "hierarchical" and fabric is None:
         raise ValueError(f"nodes has no effect on exchange={exchange!r}; leave it None, got {nodes!r:.80}.")
     if wire_dtype not in (None, torch.bfloat16):

@@ -114,7 +114,7 @@ class Fabric:
         except OSError as error:
             reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
             raise ValueError(f"fabric file {path} {reason}. `lasp bench fabric` measures one and writes it.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"fabric file {path} is no JSON: {error}. `lasp bench fabric` writes a new one."
             ) from error
@@ -151,7 +151,10 @@ class Fabric:
 
 
 def _check_number(name: str, value: Any, *, zero: bool = False) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        number = False
     if not number or value < 0 or (value == 0 and not zero):
         rule = "a finite number >= 0" if zero else "a finite number above 0"
         raise ValueError(f"{name} must be {rule}, got {value!r}. `lasp bench fabric` measures it.")

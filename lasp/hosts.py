@@ -11,14 +11,19 @@ import torch
 import torch.distributed as dist
 
 from lasp import comm
+from lasp.calls import group_of
 
 
-@functools.lru_cache(maxsize=16)
 def node_ids(group: dist.ProcessGroup | None) -> tuple[int, ...]:
     """The node of each rank of the group, numbered in the order of their first ranks. One all-gather, the first time.
 
     A node is a machine that has booted once and has one host name, so containers with names of their own are nodes.
     """
+    return _asked(group_of(group))  # None may come to stand for another group
+
+
+@functools.lru_cache(maxsize=16)
+def _asked(group: dist.ProcessGroup) -> tuple[int, ...]:
     seen: dict[int, int] = {}
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     name = torch.tensor([_fingerprint()], dtype=torch.int64, device=device)

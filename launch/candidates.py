@@ -11,6 +11,7 @@ dq in the backward, and by nothing in the forward, where the kernels need the en
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from lasp import cost
@@ -80,8 +81,7 @@ def price(
     if exchange is not None:
         state, transition = state_bytes(model, load)
         case = cost.Case(nodes, state, transition, fragments, value_columns=model.value_dim)
-        there = cost.estimate(exchange, case, job.fabric)
-        back = cost.estimate(exchange, case, job.fabric, slices=there.slices, backward=True)
+        there, back = _there_and_back(exchange, case, job.fabric)
         exposed += kinds.count("L") / pp * (there.seconds + max(0.0, back.seconds - work.dq))
         load = dataclasses.replace(load, exchange=exchange)
     softmax = None
@@ -102,6 +102,13 @@ def price(
         step, compute, exposed, job.batch * job.seq_len / step / job.gpus, predict_memory(model, setup),
         case if there else None,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _there_and_back(exchange: str, case: cost.Case, fabric: Fabric) -> tuple[cost.Estimate, cost.Estimate]:
+    """Forward and backward; candidates of other engines and tiles ask for the same."""
+    there = cost.estimate(exchange, case, fabric)
+    return there, cost.estimate(exchange, case, fabric, slices=there.slices, backward=True)
 
 
 def _nodes_of_group(cp: int, tp: int, per_node: int) -> tuple[int, ...]:

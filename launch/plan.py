@@ -18,7 +18,7 @@ from lasp.launch.plan_job import Job
 from lasp.parallel.gpt_rules import check_model
 
 FFN_TILE = 8192  # tokens; proposed where a rank has more
-_MOST_GPUS = 2**16
+_MOST_GPUS = 2**12  # that are tried when nothing fits
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ def nothing_fits(plan: Plan) -> str:
     job, nearest = plan.job, min(plan.candidates, key=lambda c: c.memory.peak)
     largest = max(nearest.memory.terms, key=lambda term: term.bytes)
     more = _enough_gpus(job)
-    remedy = f"{more} GPUs would do" if more else "more GPUs of this size would not do"
+    remedy = f"{more} GPUs would do" if more else f"More of this size, up to {_MOST_GPUS}, would not do"
     return (
         f"nothing fits: {job.seq_len} tokens x {job.batch} on {job.gpus} GPUs of {job.memory / 1e9:g} GB. Nearest: "
         f"{describe(nearest)} with a predicted peak of {nearest.memory.peak / 1e9:.1f} GB, most of it {largest.name} "
-        f"({largest.bytes / 1e9:.1f} GB). {remedy}, or --memory {nearest.memory.peak / 1e9:.0f}GB. --explain shows why."
+        f"({largest.bytes / 1e9:.1f} GB). {remedy}, or "
+        f"--memory {nearest.memory.peak / 1e9:.0f}GB. --explain shows why."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import inf
 
 from lasp.config import ModelConfig
 from lasp.fabric import Fabric
@@ -53,6 +54,8 @@ class Job:
         for name in ("seq_len", "gpus", "batch", "gpus_per_node", "memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.seq_len < 2:
+            raise ValueError(f"seq-len must be at least 2, a token to read and one to predict, got {self.seq_len}.")
         if self.engine not in ("auto", *ENGINES):
             raise ValueError(f"engine must be auto or one of {', '.join(ENGINES)}, got {self.engine!r}.")
         if self.layout not in ("contiguous", "zigzag"):
@@ -68,8 +71,8 @@ class Job:
                 f"gpus = {self.gpus} are more than the {self.seq_len * self.batch} tokens of a step (seq-len = "
                 f"{self.seq_len}, batch = {self.batch}): each rank needs one. Use fewer GPUs or longer sequences."
             )
-        if self.tokens_per_s is not None and not self.tokens_per_s > 0:
-            raise ValueError(f"tokens-per-s must be a measured speed above 0, got {self.tokens_per_s}.")
+        if self.tokens_per_s is not None and not 0 < self.tokens_per_s < inf:
+            raise ValueError(f"tokens-per-s must be a measured speed, finite and above 0, got {self.tokens_per_s}.")
 
 
 def parse_size(text: str, what: str) -> int:

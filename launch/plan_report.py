@@ -207,17 +207,7 @@ def recommended_yaml(name: str, run: RunConfig | None, plan: Plan, fabric: str) 
         model["ffn_tile"] = best.ffn_tile
     defaults = {} if run else {"run_dir": f"runs/{name}", "steps": 1000, "dtype": "bfloat16"}
     values = {**defaults, **values, "model": model}
-    for key in (
-        "tp_size",
-        "pp_size",
-        "cp_size",
-        "dp_size",
-        "engine",
-        "backend",
-        "exchange",
-        "softmax_exchange",
-        "fabric",
-    ):
+    for key in _PLANNED:
         values.pop(key, None)
     values |= {"cp_size": best.cp, "dp_size": best.dp, "layout": job.layout}
     if best.engine == "megatron":

@@ -18,6 +18,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,10 @@ def check_model(model: nn.Module, mesh: Mesh) -> None:
 def facts_of(config: RunConfig, device: torch.device) -> Facts:
     """What must be equal on all ranks before they can work together, by name."""
     settings = {key: value for key, value in config.portable().items() if key not in _OF_ONE_NODE}
+    fabric = config.exchange_options.fabric  # a file may say other things on another node
     return {
         **_flatten(settings),
+        **({} if fabric is None else _flatten(asdict(fabric), "links of fabric: ")),
         "kind of device": device.type,
         "version of python": ".".join(platform.python_version_tuple()[:2]),
         "version of torch": torch.__version__,

@@ -220,7 +220,8 @@ class RunConfig(Section):
             )
         if self.softmax_exchange == "ulysses":
             heads = self.model.heads // self.tp_size
-            check_heads(heads, (self.model.kv_heads or self.model.heads) // self.tp_size, self.cp_size)
+            kv_heads = (self.model.kv_heads or self.model.heads) // self.tp_size
+            check_heads(heads, kv_heads, self.cp_size, "softmax_exchange")
         _ = self.exchange_options  # a fabric that cannot be found, or has no effect
 
     @property

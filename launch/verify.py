@@ -136,7 +136,7 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
         0 if everything is within its budget, else 1.
 
     Raises:
-        ValueError: the configuration does not fit; one rank.
+        ValueError: the configuration does not fit; one rank; a wire that rounds.
         RankFailure: a rank failed.
     """
     from lasp.launch.local import run_local
@@ -144,6 +144,11 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
     num_ranks = cp_size * config.tp_size * config.pp_size
     if num_ranks < 2:
         raise ValueError(f"cp_size must be at least 2 to compare with one rank, got {cp_size}. Pass --cp 2.")
+    if config.wire_dtype is not None:
+        raise ValueError(
+            f"wire_dtype={config.wire_dtype} rounds states on purpose, and verify tells rounding from faults by what "
+            "one rank rounds, which sends nothing. Add wire_dtype=null: the exchange is the same."
+        )
     only = {"backend": "native", "tp_size": 1, "pp_size": 1, "cp_size": 1, "dp_size": 1, "megatron": MegatronConfig()}
     one = config.model_copy(update=only)
     many = checked({**config.plain(), "cp_size": cp_size, "dp_size": 1}, f"--cp {cp_size}")

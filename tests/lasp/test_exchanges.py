@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lasp import CPContext, SequenceLayout, comm, linear_attention
 from lasp.exchange import EXCHANGES, setting
 from lasp.fabric import Fabric, Link
+from lasp.hosts import node_ids
 from tests.harness import RankPool
 from tests.lasp.linear_cases import PACKED, Case, expected, matrix, results, special, worst
 from tests.lasp.test_comm import Places
@@ -93,6 +94,22 @@ def test_a_rank_that_never_arrives_is_named(ranks, name):
         kind, message = results[rank]
         assert kind == "CommError" and "rank 1 never reached collective" in message, (rank, message)
         assert "(linear, forward)" in message, (rank, message)
+
+
+def asked_twice(group, folder):
+    """Ranks per node of the default group, which at first has four ranks, later two."""
+    rank, found = dist.get_rank(), [len(node_ids(None))]
+    dist.destroy_process_group()
+    if rank < 2:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2)
+        found.append(len(node_ids(None)))
+    return found
+
+
+def test_the_default_group_may_become_another_one(ranks, tmp_path):
+    found = ranks.run(asked_twice, tmp_path, size=4)
+    ranks.restart()
+    assert found == [[4, 2], [4, 2], [4], [4]]
 
 
 def numbers_of(group, name, states):
@@ -197,6 +214,7 @@ def refused(group):
             {"exchange": "ring", "fabric": "laptop"},
             {"exchange": "log_scan", "nodes": (0, 1)},
             {"exchange": "hierarchical", "nodes": (0, 1, 2)},
+            {"exchange": "hierarchical", "nodes": ("a", "b")},
             {"exchange": "ring", "wire_dtype": torch.float16},
             {"softmax_exchange": "gossip"},
         ):
@@ -216,9 +234,10 @@ def test_what_cannot_serve_is_refused_with_the_alternatives(ranks):
         "fabric must name a preset, h100-ib.*lasp bench fabric.*Or name one of",
         "unknown fabric 'carrier-pigeon': the presets are h100-ib",
         "fabric file missing.json does not exist. `lasp bench fabric` measures one",
-        "fabric has no effect on exchange='ring'",
+        "fabric has no effect on exchange='ring'; leave it None, got 'laptop'. It chooses for 'auto'",
         "nodes has no effect on exchange='log_scan'",
         "nodes must hold the node of each rank of the group: 2 ranks, got 3",
+        r"nodes must hold integers, equal on ranks that share a machine, got \('a', 'b'\)",
         "wire_dtype must be torch.bfloat16 or None",
         "softmax_exchange must be one of.*ulysses",
     ]

@@ -72,6 +72,7 @@ def test_a_file_needs_no_more_than_the_measurements(written):
         ),
         (lambda v: v["between"].update(bytes_per_s="fast"), r"bytes_per_s must be a finite number above 0, got 'fast'"),
         (lambda v: v["between"].update(bytes_per_s=float("nan")), r"must be a finite number above 0, got nan"),
+        (lambda v: v["between"].update(bytes_per_s=10**400), r"must be a finite number above 0, got 1000"),
         (lambda v: v.update(overhead_s=-1e-6), r"overhead_s must be a finite number >= 0, got -1e-06"),
         (lambda v: v.update(message_s=True), r"message_s must be a finite number >= 0, got True"),
         (lambda v: v.update(nics_per_node=0), r"nics_per_node must be an integer >= 1, got 0"),
@@ -98,6 +99,9 @@ def test_what_is_no_fabric_is_refused(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json is no JSON: .*`lasp bench fabric` writes a new one"):
+        Fabric.of(broken)
+    broken.write_text("[" * 10**5)
+    with pytest.raises(ValueError, match=r"broken\.json is no JSON: maximum recursion depth exceeded"):
         Fabric.of(broken)
     broken.write_text("[]")
     with pytest.raises(ValueError, match=r"the file must be an object of measurements, got \[\]"):

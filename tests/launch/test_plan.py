@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from lasp import cost
 from lasp.config import ModelConfig
 from lasp.fabric import Fabric
+from lasp.launch import plan
 from lasp.launch.activations import Load
 from lasp.launch.cli import cli
 from lasp.launch.plan import make_plan, nothing_fits
@@ -160,7 +161,9 @@ def test_sizes_that_are_none(text):
         ),
         ({"engine": "zero9"}, "engine must be auto or one of ddp, fsdp2, .*got 'zero9'"),
         ({"layout": "spiral"}, "layout must be contiguous or zigzag, got 'spiral'"),
-        ({"tokens_per_s": 0.0}, "tokens-per-s must be a measured speed above 0, got 0.0"),
+        ({"tokens_per_s": 0.0}, "tokens-per-s must be a measured speed, finite and above 0, got 0.0"),
+        ({"tokens_per_s": float("inf")}, "tokens-per-s must be a measured speed, finite and above 0, got inf"),
+        ({"gpus": 1, "seq_len": 1}, "seq-len must be at least 2, a token to read and one to predict, got 1"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -190,3 +193,16 @@ def test_commands_that_are_refused(changes, message):
     result = CliRunner().invoke(cli, ["plan", *(x for pair in options.items() for x in pair)])
     assert isinstance(result.exception, ValueError)
     assert re.search(message, str(result.exception)), result.exception
+
+
+def test_memory_that_no_number_of_gpus_reaches(monkeypatch):
+    monkeypatch.setattr(plan, "_MOST_GPUS", 64)
+    asked = dataclasses.replace(job(gpus=8, seq_len=M), memory=1e9)
+    assert "More of this size, up to 64, would not do, or --memory" in nothing_fits(make_plan(asked))
+
+
+def test_candidates_of_one_mesh_price_an_exchange_once(monkeypatch):
+    asked, estimate = [], cost.estimate
+    monkeypatch.setattr(cost, "estimate", lambda *case, **how: asked.append((*case, *how)) or estimate(*case, **how))
+    make_plan(job(seq_len=4 * M, fabric="ethernet-25g"))  # no other test's, whose answers are kept
+    assert 0 < len(asked) == len(set(asked))

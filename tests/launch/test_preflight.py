@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lasp.fabric import Fabric, Link
 from lasp.launch import preflight
 from lasp.launch.preflight import check_model, check_ranks, checksum, difference
 from lasp.launch.schema import load_config
@@ -86,6 +87,12 @@ def _refusals(group, folder):
     os.chdir(folder / f"node{rank // 2}")  # one path, and another folder for ranks 2 and 3
     elsewhere = _config(folder, "run_dir=/proc/self/cwd/run", "timeout_s=2")
     refused("run_dir", check_ranks, elsewhere, CPU)
+    link = Link(1e-6, 1e9 * (1 + rank // 2))
+    if rank % 2 == 0:
+        Fabric("rack", link, link, 1, 0.0, "made up").save("rack.json")
+    dist.barrier(group)
+    measured = _config(folder, "exchange=all_scan", "fabric=/proc/self/cwd/rack.json")
+    refused("fabric", check_ranks, measured, CPU)
     os.chdir(here)
 
     mesh = Mesh.build(2, 2)
@@ -116,6 +123,7 @@ def test_every_rank_says_what_differs(ranks, tmp_path):
     assert said["code"].startswith(f"ranks 2-3 (host {host}) have source code of lasp = hash1, ranks 0-1 have hash0.")
     assert "run_dir /proc/self/cwd/run must be one folder for all ranks, but ranks 2-3 (on" in said["run_dir"]
     assert "did not find a file that rank 0" in said["run_dir"] and "within 1 s" in said["run_dir"]
+    assert f"ranks 2-3 (host {host}) have links of fabric: within.bytes_per_s = 2000000000.0, ranks" in said["fabric"]
     assert f"rank 2 (host {host}) has initial parameter 1.weight = bits 0x" in said["weight"]
     assert said["weight"].count(" = ") == 1 and "The same seed must give the same model" in said["weight"]
     assert f"rank 1 (host {host}) has shape of the model = " in said["shape"]

@@ -76,7 +76,7 @@ EXCHANGES = {
     "wire_dtype=bfloat16 model.pattern=S": "wire_dtype=bfloat16 has no effect on model.pattern=S",
     "softmax_exchange=ring model.pattern=L": "softmax_exchange=ring has no effect on model.pattern=L",
     "softmax_exchange=ring model.window=4": "softmax_exchange=ring has no use for model.window = 4",
-    "softmax_exchange=ulysses cp=4": "cp_size = 4 must divide the H = 2 query heads",
+    "softmax_exchange=ulysses cp=4": "Use softmax_exchange='ring' or 'all_gather', which cut no heads",
     "exchange=auto fabric=pigeon": "unknown fabric 'pigeon': the presets are h100-ib, a100-ib",
     "exchange=auto fabric=links.json": "fabric file links.json does not exist. `lasp bench fabric` measures one",
 }

@@ -120,6 +120,11 @@ def test_verify_needs_more_than_one_rank(config):
         verifying.verify(config, 1)
 
 
+def test_verify_needs_a_wire_that_does_not_round(config):
+    with pytest.raises(ValueError, match=r"wire_dtype=bfloat16 rounds states on purpose.* Add wire_dtype=null"):
+        verifying.verify(config.model_copy(update={"wire_dtype": "bfloat16"}), 2)
+
+
 def test_a_held_out_sequence_that_cannot_be_cut_is_left_out_by_name(tmp_path, capsys):
     last = int(np.random.default_rng(0).permutation(len(TEXTS))[0])  # the one that is held out
     texts = [text if n != last else "x" for n, text in enumerate(TEXTS)]
