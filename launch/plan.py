@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 from lasp import cost
 from lasp.config import ModelConfig
@@ -41,6 +42,12 @@ def make_plan(job: Job) -> Plan:
     Raises:
         ValueError: there is none: no mesh divides, or none is allowed; or none fits, naming the nearest.
     """
+    if job.gpus == 1 and job.engine not in ("auto", "ddp", "megatron"):
+        raise ValueError(
+            f"engine={job.engine} cuts over at least two ranks, got gpus = 1. Use ddp, or leave --engine out."
+        )
+    if job.engine == "megatron" and job.device.name == "cpu":
+        raise ValueError("engine=megatron needs CUDA devices, got device cpu. Use another engine, or --device.")
     refused: dict[str, list[str]] = {}
     candidates = [c for mesh in _meshes(job, refused) for c in _of_mesh(job, *mesh)]
     if not candidates:
@@ -64,7 +71,7 @@ def nothing_fits(plan: Plan) -> str:
         f"nothing fits: {job.seq_len} tokens x {job.batch} on {job.gpus} GPUs of {job.memory / 1e9:g} GB. Nearest: "
         f"{describe(nearest)} with a predicted peak of {nearest.memory.peak / 1e9:.1f} GB, most of it {largest.name} "
         f"({largest.bytes / 1e9:.1f} GB). {remedy}, or "
-        f"--memory {nearest.memory.peak / 1e9:.0f}GB. --explain shows why."
+        f"--memory {ceil(nearest.memory.peak / 1e9)}GB. --explain shows why."
     )
 
 
