@@ -94,7 +94,7 @@ def fabric(virtual: bool, hosts: str | None, rate: str | None, ranks: str, devic
 @click.option("--exchanges", help="Which to run; default: all there are.")
 @click.option("--kind", default="diagonal", show_default=True, help="Transition: identity, scalar, diagonal, dense.")
 @click.option("--layout", type=click.Choice(["contiguous", "zigzag"]), default="contiguous", show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=25, show_default=True, help="At most; fewer of slow ones.")
 @click.option("--fabric", "named", help="Without --virtual: predict from this fabric; default: measure it first.")
 @click.option("--max-cells", type=click.IntRange(1), default=40, show_default=True)
 @click.option("--skip-above", type=click.FloatRange(0), default=5.0, show_default=True, help="Predicted seconds.")

@@ -28,7 +28,7 @@ HOSTS, RANKS = (2, 3, 4, 6, 8), (1, 2)
 SIZES = (256 << 10, 1 << 20, 2 << 20, 8 << 20)
 RATES = (1e8, 4e8, 1e9, 2e9)
 MAX_CELLS = 40
-_LEAST_REPEATS, _PER_EXCHANGE_S = 2, 4.0  # repeats become fewer where they would take longer
+_LEAST_REPEATS, _PER_EXCHANGE_S = 3, 2.5  # repeats become fewer where they would take longer
 _BUSY_WAIT_S, _TURNS = 60.0, 8  # of an answer: with so many turns of every exchange, each as slow as is allowed
 
 Say = Callable[[str], None]
@@ -62,7 +62,7 @@ class Settings:
     """
 
     exchanges: Sequence[str] = NAMES
-    repeats: int = 5
+    repeats: int = 25
     kind: str = "diagonal"
     layout: str = "contiguous"
     skip_above_s: float = 5.0
@@ -146,7 +146,7 @@ def measure_cell(
         if found.seconds > settings.skip_above_s:
             row["skipped"][name] = f"predicted {found.seconds:.2g} s > {settings.skip_above_s:g} s"
         else:
-            repeats[name] = max(_LEAST_REPEATS, min(settings.repeats, int(_PER_EXCHANGE_S / max(found.seconds, 1e-6))))
+            repeats[name] = min(settings.repeats, max(_LEAST_REPEATS, int(_PER_EXCHANGE_S / max(found.seconds, 1e-6))))
     own = {"state_bytes": cell.state_bytes, "kind": settings.kind, "layout": settings.layout, "fabric": fabric}
     measured = time_exchanges(ranks, repeats, **own) if repeats else {}
     for name, (times, samples) in measured.items():

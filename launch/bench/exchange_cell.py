@@ -101,10 +101,12 @@ def measure(
     maps = _maps(mesh, state_bytes, kind, len(cut.segments(mesh.cp_rank)))
     times: dict[str, list[float]] = {name: [] for name in repeats}
     samples: dict[str, list[float]] = {}
+    names = list(repeats)
     for turn in range(_WARM_UP + max(repeats.values())):
-        for name, cp in contexts.items():
+        first = turn % len(names)  # no exchange always follows the same one
+        for name in names[first:] + names[:first]:
             if turn < _WARM_UP + repeats[name]:
-                seconds, samples[name] = _exchange_once(mesh, cp, maps)
+                seconds, samples[name] = _exchange_once(mesh, contexts[name], maps)
                 times[name].append(seconds)
     mesh.any(False)
     return {"seconds": {name: found[_WARM_UP:] for name, found in times.items()}, "samples": samples}
