@@ -171,7 +171,7 @@ def exchange(
 @click.option("--tokens", type=click.IntRange(1), default=4096, show_default=True, help="Of each rank.")
 @click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--dim", type=click.IntRange(1), default=64, show_default=True, help="Of a head.")
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--fabric", "named", help="For auto and for slices; default: measured first.")
 @_device
 @_output

@@ -1,13 +1,12 @@
 """``lasp bench layer``: forward and backward of one linear-attention layer by every method, side by side.
 
-Each method's output and gradients are first compared with :func:`lasp.linear_attention` over an all-gather; a method
-that differs is not timed. Then each repeat times, with a barrier before each,
+Each method's output and gradients are first compared with :func:`lasp.linear_attention` over an all-gather; one that
+differs ends the run. Then they take turns, with a barrier before each, and so do
 
-- the layer on the cut sequence;
-- the same stages without a message between them: what the layer takes longer is communication that is not hidden;
+- the same stages without a message between them: what a method takes longer is communication that is not hidden;
 - the layer on this rank's tokens alone, which needs fewer stages.
 
-All ranks run at once in all three, so that they share the machine alike.
+All ranks run at once in all of these, so that they share the machine alike.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import importlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -31,7 +30,7 @@ from lasp.launch.bench.ranks import Ranks
 from lasp.launch.bench.results import table
 from lasp.parallel.mesh import Mesh
 
-TIMES = ("seconds", "silent", "alone")
+SILENT, ALONE = "the stages without messages", "one rank alone"
 TOLERANCE = 1e-4  # sums over a whole sequence, in another order, in fp32
 
 
@@ -47,37 +46,39 @@ def compare(
     Raises:
         ValueError: a method gives other numbers than ``linear_attention``.
     """
-    rows = []
-    for name in names:
-        method = METHODS[name]
-        row = {"method": name, "label": method.label}
-        if why := _unserved(name, method, ranks.size, heads, fabric):
-            rows.append({**row, "skipped": why})
-            continue
-        answers = ranks.ask(
-            f"{__name__}:measure",
-            name=name,
-            nodes=list(ranks.nodes),
-            fabric=None if fabric is None else asdict(fabric),
-            shape=[1, tokens, heads, dim],
-            repeats=repeats,
-        )
-        error = max(a["error"] for a in answers)
+    skipped = {name: _unserved(name, METHODS[name], ranks.size, heads, fabric) for name in names}
+    served = [name for name in names if not skipped[name]]
+    layer = {
+        "names": served,
+        "nodes": list(ranks.nodes),
+        "fabric": None if fabric is None else asdict(fabric),
+        "shape": [1, tokens, heads, dim],
+    }
+    answers = ranks.ask(f"{__name__}:errors", **layer)
+    found = {name: max(answer[name] for answer in answers) for name in served}
+    for name, error in found.items():
         if not error <= TOLERANCE:
             raise ValueError(
                 f"{name} differs from linear_attention by {error:.1e} of the largest value, allowed {TOLERANCE:.0e}: "
-                "it was not timed. This is a fault of lasp."
+                "nothing was timed. This is a fault of lasp."
             )
-        seconds, silent, alone = ([max(t) for t in zip(*(a[key] for a in answers))] for key in TIMES)
+    answers = ranks.ask(f"{__name__}:measure", **layer, repeats=repeats) if served else []
+    times = {name: [max(t) for t in zip(*(a[name] for a in answers))] for name in (*served, SILENT, ALONE)}
+    rows = []
+    for name in names:
+        row = {"method": name, "label": METHODS[name].label}
+        if skipped[name]:
+            rows.append({**row, "skipped": skipped[name]})
+            continue
         rows.append(
             {
                 **row,
-                "seconds": statistics.median(seconds),
-                "repeats": seconds,
-                "silent_s": statistics.median(silent),
-                "alone_s": statistics.median(alone),
-                "exposed": statistics.median(x / y - 1 for x, y in zip(seconds, silent)),
-                "error": error,
+                "seconds": statistics.median(times[name]),
+                "repeats": times[name],
+                "silent_s": statistics.median(times[SILENT]),
+                "alone_s": statistics.median(times[ALONE]),
+                "exposed": statistics.median(x / y - 1 for x, y in zip(times[name], times[SILENT])),
+                "error": found[name],
             }
         )
     return rows
@@ -91,45 +92,78 @@ def _unserved(name: str, method: Method, size: int, heads: int, fabric: Fabric |
     return None
 
 
+def errors(
+    mesh: Mesh, *, names: Sequence[str], nodes: Sequence[int], fabric: dict[str, Any] | None, shape: list[int]
+) -> dict[str, float]:
+    """Per method, the largest error of output and gradients against ``linear_attention`` over an all-gather."""
+    layer = _Layer(mesh, nodes, fabric, shape)
+    trusted = layer.context("all_gather")
+    expected = layer.step(lambda *x: linear_attention(*x, cp=trusted)[0])
+    return {name: max(map(_error, layer.by(name)(), expected)) for name in names}
+
+
 def measure(
-    mesh: Mesh, *, name: str, nodes: Sequence[int], fabric: dict[str, Any] | None, shape: list[int], repeats: int
-) -> dict[str, Any]:
-    """Seconds of each repeat with the method and alone, and the error against ``linear_attention``."""
-    method, size = METHODS[name], mesh.world_size
-    layout = SequenceLayout.contiguous(shape[1] * size, size)
-    cp = context_over(mesh, layout, method.exchange or "all_gather", nodes, fabric)
+    mesh: Mesh,
+    *,
+    names: Sequence[str],
+    nodes: Sequence[int],
+    fabric: dict[str, Any] | None,
+    shape: list[int],
+    repeats: int,
+) -> dict[str, list[float]]:
+    """Seconds of each repeat, per method, of the stages without messages and of one rank alone, in turns."""
+    layer = _Layer(mesh, nodes, fabric, shape)
+    works = {name: layer.by(name) for name in names}
+    works[SILENT] = layer.silent(layer.context("all_gather"))
     local = CPContext.local(shape[1])
-    random = torch.Generator().manual_seed(mesh.rank)
-    q, k, v, do = (torch.randn(shape, generator=random).to(mesh.device) for _ in range(4))
-
-    def step(fn) -> list[torch.Tensor]:
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        o = fn(*inputs)
-        return [o.detach(), *torch.autograd.grad(o, inputs, do)]
-
-    run = lambda: step(lambda *x: method(*x, cp))  # noqa: E731
-    alone = lambda: step(lambda *x: linear_attention(*x, cp=local)[0])  # noqa: E731
-    trusted = context_over(mesh, layout, "all_gather", nodes, None)
-    expected = step(lambda *x: linear_attention(*x, cp=trusted)[0])
-    error = max(_error(a, b) for a, b in zip(run(), expected, strict=True))
-    silent = lambda: _stages(q, k, v, do, cp)  # noqa: E731
-    works = dict(zip(TIMES, (run, silent, alone), strict=True))
-    times: dict[str, list[float]] = {key: [] for key in TIMES}
-    for repeat in range(repeats + 1):
-        for key, work in works.items():
+    works[ALONE] = lambda: layer.step(lambda *x: linear_attention(*x, cp=local)[0])
+    order, times = list(works), {name: [] for name in works}
+    for turn in range(repeats + 1):
+        first = turn % len(order)  # nothing always follows the same method
+        for name in order[first:] + order[:first]:
             mesh.any(False)
             started = time.perf_counter()
-            work()
+            works[name]()
             if mesh.device.type == "cuda":
                 torch.cuda.synchronize(mesh.device)
-            if repeat:  # the first one warms up
-                times[key].append(time.perf_counter() - started)
+            if turn:  # the first one warms up
+                times[name].append(time.perf_counter() - started)
     mesh.any(False)
-    return {**times, "error": error}
+    return times
+
+
+class _Layer:
+    """One rank's tokens of a layer, [1, T, H, D] each, and the ways to go through them forward and backward."""
+
+    def __init__(self, mesh: Mesh, nodes: Sequence[int], fabric: dict[str, Any] | None, shape: list[int]):
+        self._mesh, self._nodes, self._fabric = mesh, nodes, fabric
+        self._layout = SequenceLayout.contiguous(shape[1] * mesh.world_size, mesh.world_size)
+        random = torch.Generator().manual_seed(mesh.rank)
+        self._q, self._k, self._v, self._do = (torch.randn(shape, generator=random).to(mesh.device) for _ in range(4))
+
+    def context(self, exchange: str) -> CPContext:
+        """Of the whole sequence."""
+        return context_over(self._mesh, self._layout, exchange, self._nodes, self._fabric)
+
+    def step(self, forward: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        """The output of ``forward`` and the gradients of q, k and v."""
+        inputs = [x.detach().requires_grad_() for x in (self._q, self._k, self._v)]
+        o = forward(*inputs)
+        return [o.detach(), *torch.autograd.grad(o, inputs, self._do)]
+
+    def by(self, name: str) -> Callable[[], list[torch.Tensor]]:
+        """The step by a method."""
+        method = METHODS[name]
+        cp = self.context(method.exchange or "all_gather")
+        return lambda: self.step(lambda *x: method(*x, cp))
+
+    def silent(self, cp: CPContext) -> Callable[[], None]:
+        """What the layer computes, with made-up states in place of those that other ranks send."""
+        return lambda: _stages(self._q, self._k, self._v, self._do, cp)
 
 
 def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, cp: CPContext) -> None:
-    """What the layer computes, with made-up states in place of those that other ranks send."""
+    """Forward and backward of the operator, its stages one after the other."""
     operator = importlib.import_module("lasp.kernels.lightning") if q.is_cuda else chunked  # triton: on a GPU alone
     table, scale = cp.segment_table(q.device), q.shape[-1] ** -0.5
     later, earlier = cp.cp_rank > 0, cp.cp_rank < cp.cp_size - 1  # something comes from ranks before, and from behind
