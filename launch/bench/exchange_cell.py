@@ -5,6 +5,7 @@ No layer runs beside it, so that the time is that of the exchange alone, from ``
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -101,10 +102,9 @@ def measure(
     maps = _maps(mesh, state_bytes, kind, len(cut.segments(mesh.cp_rank)))
     times: dict[str, list[float]] = {name: [] for name in repeats}
     samples: dict[str, list[float]] = {}
-    names = list(repeats)
+    shuffled = random.Random(0)  # alike on all ranks: no exchange always follows the same one
     for turn in range(_WARM_UP + max(repeats.values())):
-        first = turn % len(names)  # no exchange always follows the same one
-        for name in names[first:] + names[:first]:
+        for name in shuffled.sample(list(repeats), len(repeats)):
             if turn < _WARM_UP + repeats[name]:
                 seconds, samples[name] = _exchange_once(mesh, contexts[name], maps)
                 times[name].append(seconds)
@@ -139,8 +139,8 @@ def _maps(mesh: Mesh, state_bytes: int, kind: str, segments: int) -> StateMap:
     """The same for every exchange: decays near one, so that states of far ranks still show."""
     heads = heads_of(state_bytes) if state_bytes >= HEAD_BYTES else 1
     dim = DIM if state_bytes >= HEAD_BYTES else 16  # a tiny state for overheads
-    random = torch.Generator().manual_seed(mesh.rank)
-    draw = lambda *shape: torch.rand(segments, 1, heads, *shape, generator=random)  # noqa: E731
+    seed = torch.Generator().manual_seed(mesh.rank)
+    draw = lambda *shape: torch.rand(segments, 1, heads, *shape, generator=seed)  # noqa: E731
     state = (draw(dim, dim) - 0.5).to(mesh.device)
     if kind == "dense":
         eye = torch.eye(dim).expand(segments, 1, heads, dim, dim)

@@ -12,6 +12,7 @@ All ranks run at once in all of these, so that they share the machine alike.
 from __future__ import annotations
 
 import importlib
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -117,10 +118,10 @@ def measure(
     works[SILENT] = layer.silent(layer.context("all_gather"))
     local = CPContext.local(shape[1])
     works[ALONE] = lambda: layer.step(lambda *x: linear_attention(*x, cp=local)[0])
-    order, times = list(works), {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    shuffled = random.Random(0)  # alike on all ranks: nothing always follows the same method
     for turn in range(repeats + 1):
-        first = turn % len(order)  # nothing always follows the same method
-        for name in order[first:] + order[:first]:
+        for name in shuffled.sample(list(works), len(works)):
             mesh.any(False)
             started = time.perf_counter()
             works[name]()
@@ -138,8 +139,8 @@ class _Layer:
     def __init__(self, mesh: Mesh, nodes: Sequence[int], fabric: dict[str, Any] | None, shape: list[int]):
         self._mesh, self._nodes, self._fabric = mesh, nodes, fabric
         self._layout = SequenceLayout.contiguous(shape[1] * mesh.world_size, mesh.world_size)
-        random = torch.Generator().manual_seed(mesh.rank)
-        self._q, self._k, self._v, self._do = (torch.randn(shape, generator=random).to(mesh.device) for _ in range(4))
+        seed = torch.Generator().manual_seed(mesh.rank)
+        self._q, self._k, self._v, self._do = (torch.randn(shape, generator=seed).to(mesh.device) for _ in range(4))
 
     def context(self, exchange: str) -> CPContext:
         """Of the whole sequence."""
