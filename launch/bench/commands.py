@@ -259,7 +259,7 @@ def model(config: str, overrides: tuple[str, ...], cp: int | None, dp: int | Non
             ("a step", f"{row['step_s']:.3f} s"),
             ("throughput", f"{row['tokens_per_s']:,.0f} tokens/s"),
             ("memory of the rank with most", f"{row['memory_bytes'] / 2**20:,.1f} MiB over an idle rank"),
-            ("an idle rank beside it", f"{row['baseline_bytes'] / 2**20:,.1f} MiB"),
+            ("an idle rank, without libraries", f"{row['baseline_bytes'] / 2**20:,.1f} MiB"),
         ]
         text = ["# Training steps of one model", "", *table(("", ""), shown)]
         values = {"facts": facts(where), "config": run.plain(), "row": row}

@@ -1,10 +1,10 @@
 """Whole training steps on every rank, as ``lasp train`` makes them, over made-up tokens: their time and their memory.
 
 Memory of a rank on the CPU is what its process allocates for the training: the most it ever had resident (VmHWM), less
-the pages of programs and libraries that it has read by then (some 80 MiB more than before the first step) and less what
-it held when Python, torch and the process group were there and no model yet; so the process must be a fresh one. An
-allocator keeps what is freed and makes this vary by a tenth from run to run, so ranks of this machine run once more, two
-steps, with an allocator that returns it at once. On a CUDA device memory is the most that torch had allocated.
+the pages of programs and libraries that it has read by then (some 80 MiB more than before the first step) and less
+what it held when Python, torch and the process group were there and no model yet; so the process must be a fresh one.
+An allocator keeps what is freed and makes this vary by a tenth from run to run, so ranks of this machine run once more,
+two steps, with an allocator that returns it at once. On a CUDA device memory is the most that torch had allocated.
 """
 
 from __future__ import annotations
