@@ -122,9 +122,13 @@ def draw(figure: Any, rows: Sequence[dict[str, Any]]) -> None:
         label = f"{first['kind']}, {tokens:,} tokens{' per rank' if first['kind'] == 'weak' else ''}"
         left.plot(sizes, [row["tokens_per_s"] for row in curve], "o-", label=label)
         right.plot(sizes, [row["memory_bytes"] / 2**20 for row in curve], "o-", label=label)
-    left.set(xlabel="ranks", ylabel="tokens/s", xscale="log", yscale="log")
-    right.set(xlabel="ranks", ylabel="MiB per rank, over an idle rank", xscale="log", ylim=(0, None))
+    sizes = sorted({row["cp_size"] for curve in curves(rows) for row in curve})
+    left.set(ylabel="tokens/s")
+    right.set(ylabel="MiB per rank, over an idle rank")
     for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.set(xlabel="ranks", ylim=(0, 1.15 * axes.get_ylim()[1]))
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7)
+        if sizes:
+            axes.legend(fontsize=7, loc="lower right")
