@@ -81,8 +81,9 @@ def test_a_signal_ends_ranks_and_namespaces(tmp_path):
 
 
 def _pids(names):
-    first = names[0].split()[0]
-    return subprocess.run(["ip", "netns", "pids", first], capture_output=True, text=True, timeout=20).stdout.split()
+    hosts = [line.split()[0] for line in names]  # in no order; the switch among them has no process
+    listed = (subprocess.run(["ip", "netns", "pids", h], capture_output=True, text=True, timeout=20) for h in hosts)
+    return [pid for one in listed for pid in one.stdout.split()]
 
 
 def test_what_a_machine_lacks_is_named(monkeypatch):
