@@ -131,8 +131,10 @@ def measure_cell(
     """One row: the fabric, and per exchange what was predicted and measured, or why it was not.
 
     Raises:
-        ValueError: two exchanges give different entry states.
+        ValueError: there is one rank; two exchanges give different entry states.
     """
+    if ranks.size < 2:
+        raise ValueError("exchanges are measured between ranks, got 1 rank. Start at least two: --ranks 2.")
     case = case_of(ranks.nodes, cell.state_bytes, settings.kind, settings.layout)
     points: dict[str, Any] = {}
     if fabric is None:

@@ -45,8 +45,10 @@ def compare(
         fabric: for ``auto`` and the slices of others; None: ``auto`` is not run.
 
     Raises:
-        ValueError: a method gives other numbers than ``linear_attention``.
+        ValueError: there is one rank; a method gives other numbers than ``linear_attention``.
     """
+    if ranks.size < 2:
+        raise ValueError("methods are compared between ranks, got 1 rank. Start at least two: --ranks 2.")
     skipped = {name: _unserved(name, METHODS[name], ranks.size, heads, fabric) for name in names}
     served = [name for name in names if not skipped[name]]
     layer = {
@@ -55,7 +57,7 @@ def compare(
         "fabric": None if fabric is None else asdict(fabric),
         "shape": [1, tokens, heads, dim],
     }
-    answers = ranks.ask(f"{__name__}:errors", **layer)
+    answers = ranks.ask(f"{__name__}:errors", **layer) if served else []
     found = {name: max(answer[name] for answer in answers) for name in served}
     for name, error in found.items():
         if not error <= TOLERANCE:
@@ -87,7 +89,7 @@ def compare(
 
 def _unserved(name: str, method: Method, size: int, heads: int, fabric: Fabric | None) -> str | None:
     if method.exchange == "auto" and fabric is None:
-        return "needs a fabric, and one rank has none"
+        return "it chooses by a fabric, and none was given"
     if name == "Ulysses" and heads % size:
         return f"{size} ranks do not divide {heads} heads"
     return None

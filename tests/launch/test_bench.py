@@ -119,6 +119,8 @@ def test_weak_and_strong_points_and_how_constant_memory_is():
     [
         (["fabric", "--hosts", "2"], "--hosts has no effect without --virtual"),
         (["fabric", "--ranks", "1"], "a fabric is measured between ranks, got 1 rank"),
+        (["exchange", "--ranks", "1", "--fabric", "laptop"], "exchanges are measured between ranks, got 1 rank"),
+        (["layer", "--ranks", "1"], "methods are compared between ranks, got 1 rank. Start at least two: --ranks 2"),
         (["fabric", "--ranks", "17"], "1 to 16 ranks can be started on one machine, got 17"),
         (["fabric", "--virtual", "--rate", "1K"], "a link's rate must be 1e6 to 1e11 bits per second, got 1000"),
         (["exchange", "--virtual", "--fabric", "laptop"], "--fabric has no effect with --virtual"),
@@ -184,10 +186,16 @@ def test_ranks_of_this_machine_measure_layers_and_steps_and_their_errors_are_tol
         names = ("LASP-1", "LASP-2", "auto", "Ulysses", "Ring Attention")
         rows = layer.compare(ranks, names, tokens=64, heads=3, dim=16, repeats=2, fabric=None)
         skipped = {row["method"]: row["skipped"] for row in rows if "skipped" in row}
-        assert skipped == {"auto": "needs a fabric, and one rank has none", "Ulysses": "2 ranks do not divide 3 heads"}
+        assert skipped == {
+            "auto": "it chooses by a fabric, and none was given",
+            "Ulysses": "2 ranks do not divide 3 heads",
+        }
         run = [row for row in rows if "seconds" in row]
         assert all(len(row["repeats"]) == 2 and row["error"] < 1e-5 and row["silent_s"] > 0 for row in run)
         assert "2 ranks do not divide 3 heads" in "\n".join(layer.markdown(rows, ranks=2, tokens=64, heads=3, dim=16))
+
+        only = layer.compare(ranks, ("Ulysses",), tokens=64, heads=3, dim=16, repeats=2, fabric=None)
+        assert [row["skipped"] for row in only] == ["2 ranks do not divide 3 heads"]
 
         config = tiny_config(tmp_path, "cp_size=2", "data.batch_size=1")
         row = steps.measure(ranks, config, repeats=2)
