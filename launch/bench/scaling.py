@@ -106,7 +106,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
             for row in curve
         ]
         lines += [*table(header, shown), ""]
-        if weak:
+        if weak and len(curve) > 1:
             lines += [f"Memory per rank stays within {100 * spread(curve):.1f} % of that of the first row.", ""]
     lines += [f"Not run: {row['kind']}, cp {row['cp_size']}: {row['skipped']}." for row in rows if "skipped" in row]
     return lines
@@ -122,13 +122,13 @@ def draw(figure: Any, rows: Sequence[dict[str, Any]]) -> None:
         label = f"{first['kind']}, {tokens:,} tokens{' per rank' if first['kind'] == 'weak' else ''}"
         left.plot(sizes, [row["tokens_per_s"] for row in curve], "o-", label=label)
         right.plot(sizes, [row["memory_bytes"] / 2**20 for row in curve], "o-", label=label)
-    sizes = sorted({row["cp_size"] for curve in curves(rows) for row in curve})
+    ticks = sorted({row["cp_size"] for curve in curves(rows) for row in curve})
     left.set(ylabel="tokens/s")
     right.set(ylabel="MiB per rank, over an idle rank")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.set(xlabel="ranks", ylim=(0, 1.15 * axes.get_ylim()[1]))
         axes.grid(alpha=0.3)
-        if sizes:
+        if ticks:
             axes.legend(fontsize=7, loc="lower right")
