@@ -29,7 +29,7 @@ from published_data import COLLECTIVE_MS, TABLE_6, THROUGHPUT, K
 from published_report import plot, tables, write_tables
 
 from lasp.cost import EXCHANGES, Case, choose, estimate
-from lasp.fabric import Fabric, Link
+from lasp.cost.fabric import Fabric, Link
 
 FITTED = {"collective": (8, 32, 128), "throughput": (8, 128), "table_6": (16, 64)}
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)

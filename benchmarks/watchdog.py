@@ -26,13 +26,14 @@ import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
 from lasp import SequenceLayout, comm
-from lasp.config import ModelConfig
 from lasp.launch.host import commit, processor
 from lasp.launch.rendezvous import open_store
-from lasp.model import LinearLlama
-from lasp.parallel.engine import OptimizerSettings, build_engine
+from lasp.models.config import ModelConfig
+from lasp.models.linear_llama import LinearLlama
+from lasp.parallel.build import build_engine
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
+from lasp.parallel.optimizer import OptimizerSettings
 from lasp.parallel.watchdog import Watchdog
 
 RANKS, TURN = 2, 10  # steps with, then steps without

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lasp import comm
-    from lasp.context import CPContext
-    from lasp.halo import short_convolution
+    from lasp.attention import softmax_attention
+    from lasp.convolution import short_convolution
+    from lasp.cp_context import CPContext, ExchangeOptions
     from lasp.layout import SequenceLayout
     from lasp.linear import linear_attention
-    from lasp.softmax import softmax_attention
+
+__version__ = "0.1.0"
 
 __all__ = [
     "CPContext",
+    "ExchangeOptions",
     "SequenceLayout",
+    "__version__",
     "comm",
     "linear_attention",
     "short_convolution",
@@ -27,11 +31,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CPContext": "context",
+    "CPContext": "cp_context",
+    "ExchangeOptions": "cp_context",
     "SequenceLayout": "layout",
     "linear_attention": "linear",
-    "short_convolution": "halo",
-    "softmax_attention": "softmax",
+    "short_convolution": "convolution",
+    "softmax_attention": "attention",
 }
 
 

@@ -9,8 +9,6 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from lasp.context import CPContext
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,16 +39,3 @@ def check_scale(scale: float | None, default: str, *, positive: bool = False) ->
     if not number or (positive and scale <= 0):
         rule = "a finite number above 0" if positive else "a finite number"
         raise ValueError(f"scale must be {rule} or None, got {scale!r}. Leave it None for {default}.")
-
-
-def context_of(cp: CPContext | None, length: int) -> CPContext:
-    """``cp``; for None one device with one document of ``length`` tokens per row.
-
-    Raises:
-        ValueError: ``cp`` is something else.
-    """
-    if cp is None:
-        return CPContext.whole(length)
-    if not isinstance(cp, CPContext):
-        raise ValueError(f"cp must be a CPContext or None, got {type(cp).__name__}. Wrap a layout: CPContext(layout).")
-    return cp

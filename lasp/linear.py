@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lasp.chains import ChainPlan
-from lasp.checks import check_not_empty, check_scale, check_tensors, context_of
-from lasp.context import CPContext
+from lasp.checks import check_not_empty, check_scale, check_tensors
+from lasp.context.chains import ChainPlan
+from lasp.cp_context import CPContext
 from lasp.exchange import new_exchange
 from lasp.kernels import chunked
 from lasp.kernels.chunked import num_heads
@@ -68,7 +68,7 @@ def linear_attention(
         ValueError: shapes, dtypes, devices or options that do not fit; ``g > 0`` (on CUDA: an asynchronous assert).
     """
     _check_tensors(q, k, v, g, initial_state)
-    cp = context_of(cp, q.shape[1])
+    cp = CPContext.of(cp, q.shape[1])
     impl = _choose(q, v) if impl == "auto" else impl
     _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_state, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

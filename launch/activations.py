@@ -1,10 +1,11 @@
 """What one block of the model keeps for its backward pass, and what that backward needs beside it, term by term.
 
 Everything is counted from the code that allocates it: a term is a tensor (or a few alike) that autograd saves in
-:mod:`lasp.layers`, :mod:`lasp.mixer` and the operators below them, or that a backward holds at its fullest. Terms for
-``cpu`` are compared with the tensors that autograd really saves, for every kind of layer (tests/launch/test_memory.py);
-those for ``cuda`` differ where the implementation does: RMSNorm is fused there and keeps its input instead of copies
-in fp32, and the Triton kernels keep one state per superchunk. T below is the number of tokens of one micro batch.
+:mod:`lasp.models.layers`, :mod:`lasp.models.linear_mixer` and the operators below them, or that a backward holds at its
+fullest. Terms for ``cpu`` are compared with the tensors that autograd really saves, for every kind of layer
+(tests/launch/test_memory.py); those for ``cuda`` differ where the implementation does: RMSNorm is fused there and keeps
+its input instead of copies in fp32, and the Triton kernels keep one state per superchunk. T below is the number of
+tokens of one micro batch.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lasp.config import ModelConfig
-from lasp.features import feature_width
-from lasp.softmax_gather import HEAD_GROUPS
+from lasp.models.config import ModelConfig
+from lasp.models.features import feature_width
+from lasp.softmax.gather import HEAD_GROUPS
 
 _CHUNK, _TILE_ELEMENTS, _LEAST_CHUNKS, _MOST_CHUNKS = 64, 1 << 18, 4, 64  # of lasp.kernels.chunked on a CPU
 

@@ -12,9 +12,11 @@ import torch
 
 from lasp.launch.preflight import check_model
 from lasp.launch.schema import RunConfig
-from lasp.model import LinearLlama
-from lasp.parallel.engine import Engine, OptimizerSettings, build_engine
+from lasp.models.linear_llama import LinearLlama
+from lasp.parallel.build import build_engine
+from lasp.parallel.engine import Engine
 from lasp.parallel.mesh import Mesh
+from lasp.parallel.optimizer import OptimizerSettings
 
 
 @contextlib.contextmanager

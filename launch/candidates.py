@@ -15,12 +15,12 @@ import functools
 from dataclasses import dataclass
 
 from lasp import cost
-from lasp.config import ModelConfig
-from lasp.fabric import Fabric
+from lasp.cost.fabric import Fabric
 from lasp.launch.activations import Load
 from lasp.launch.memory import Memory, Parameters, Setup, predict_memory
 from lasp.launch.plan_job import Job
 from lasp.launch.roofline import Work, predict_work, state_bytes
+from lasp.models.config import ModelConfig
 
 
 @dataclass(frozen=True)

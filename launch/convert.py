@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lasp.config import ModelConfig
 from lasp.launch.schema import RunConfig
 from lasp.launch.tokenizer import load_tokenizer
 from lasp.launch.train import checkpoint_extras, checkpoint_state
-from lasp.model import LinearLlama
+from lasp.models.config import ModelConfig
+from lasp.models.linear_llama import LinearLlama
 from lasp.parallel import checkpoint as checkpoints
 from lasp.parallel.checkpoint import MODEL, MOMENTS
 from lasp.parallel.files import reading, writing

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lasp.cp_context import ExchangeOptions
 from lasp.launch.token_files import STDLIB, TokenFile, read_texts, stdlib_files, with_suffix, write_token_file
 from lasp.launch.tokenizer import BYTES, Tokenizer, fingerprint
 from lasp.layout import SequenceLayout
-from lasp.options import ExchangeOptions
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
 

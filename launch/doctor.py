@@ -28,8 +28,8 @@ from lasp.launch.backends import backend_mesh
 from lasp.launch.rendezvous import Job, choose_device, process_group
 from lasp.launch.schema import RunConfig
 from lasp.layout import SequenceLayout
-from lasp.mixer import LinearMixer
-from lasp.model import LinearLlama
+from lasp.models.linear_llama import LinearLlama
+from lasp.models.linear_mixer import LinearMixer
 from lasp.parallel.mesh import Mesh
 
 WORK = "lasp.launch.doctor:examine"

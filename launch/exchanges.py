@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from lasp.config import ModelConfig
-from lasp.context import CPContext
+from lasp.cp_context import CPContext
 from lasp.exchange import AUTO, setting
 from lasp.kernels.state import state_dtype
 from lasp.launch.schema import RunConfig
 from lasp.layout import SequenceLayout
-from lasp.mixer import LinearMixer
+from lasp.models.config import ModelConfig
+from lasp.models.linear_mixer import LinearMixer
 from lasp.parallel.mesh import Mesh
-from lasp.softmax_choice import softmax_choice
+from lasp.softmax.choice import softmax_choice
 
 
 def exchange_rows(config: RunConfig, mesh: Mesh) -> dict[str, str]:

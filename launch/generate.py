@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from lasp.config import ModelConfig
-from lasp.generation import generate
 from lasp.launch.tokenizer import Tokenizer, load_tokenizer
-from lasp.model import LinearLlama
+from lasp.models.config import ModelConfig
+from lasp.models.generation import generate
+from lasp.models.linear_llama import LinearLlama
 from lasp.parallel import checkpoint as checkpoints
 from lasp.parallel.shards import model_tensors
 

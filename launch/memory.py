@@ -15,8 +15,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lasp.config import ModelConfig
 from lasp.launch.activations import LinearSizes, Load, Saved, Term, rms_norm, saved_by_block, work_terms
+from lasp.models.config import ModelConfig
 from lasp.parallel.gpt_weights import padded_vocab_size
 from lasp.parallel.objective import CHUNK_ELEMENTS
 from lasp.parallel.zero_stages import BUCKET_ELEMENTS, LIVE_ELEMENTS
@@ -99,7 +99,7 @@ class Parameters:
 @functools.cache
 def block_sizes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
     """Parameters of each block, and those of them that are matrices. Builds the model without storage."""
-    from lasp.model import LinearLlama
+    from lasp.models.linear_llama import LinearLlama
 
     blocks = [list(block.parameters()) for block in LinearLlama(config, device="meta").layers]
     return tuple((sum(p.numel() for p in b), sum(p.numel() for p in b if p.dim() > 1)) for b in blocks)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from lasp import cost
-from lasp.config import ModelConfig
 from lasp.launch.candidates import Candidate, describe, price
 from lasp.launch.plan_job import Job
+from lasp.models.config import ModelConfig
 from lasp.parallel.gpt_rules import check_model
 
 FFN_TILE = 8192  # tokens; proposed where a rank has more

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from math import inf
 
-from lasp.config import ModelConfig
-from lasp.fabric import Fabric
+from lasp.cost.fabric import Fabric
 from lasp.launch.memory import ENGINES
 from lasp.launch.roofline import DEVICES, Device
+from lasp.models.config import ModelConfig
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _BYTES = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -10,15 +10,16 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lasp.config import ModelConfig
 from lasp.cost import EXCHANGES, choose, estimate
-from lasp.fabric import Fabric
+from lasp.cost.fabric import Fabric
 from lasp.launch.candidates import Candidate, describe
 from lasp.launch.plan import Plan, make_plan, nothing_fits
 from lasp.launch.plan_job import Job, device_of, parse_bytes, parse_size
 from lasp.launch.roofline import EFFICIENCY, widest_head
 from lasp.launch.schema import RunConfig, checked, load_config
-from lasp.presets import MODEL_PRESETS
+from lasp.models.config import ModelConfig
+from lasp.models.linear_llama import num_parameters
+from lasp.models.presets import MODEL_PRESETS
 
 TIGHT = 0.9  # of the memory: the model's error is up to a tenth
 WIDEST_KERNEL_HEAD = 256  # of the Triton kernels
@@ -119,7 +120,7 @@ def _heading(name: str, plan: Plan) -> str:
     )
     lines = [
         "PREDICTION, nothing here was measured.",
-        f"model {name} ({job.model.num_parameters() / 1e9:.2f}B parameters), {job.seq_len} tokens x {job.batch} on "
+        f"model {name} ({num_parameters(job.model) / 1e9:.2f}B parameters), {job.seq_len} tokens x {job.batch} on "
         f"{job.gpus} GPUs, {min(job.gpus, job.gpus_per_node)} per node, {job.memory / 1e9:g} GB each",
         f"fabric {job.fabric.name}: {job.fabric.source}",
         speed,

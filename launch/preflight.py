@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lasp.hangs import name_ranks
+from lasp.comm.hangs import name_ranks
 from lasp.launch.schema import RunConfig
 from lasp.parallel.files import writing
 from lasp.parallel.mesh import Mesh

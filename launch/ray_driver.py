@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from torch.distributed import TCPStore
 
-from lasp.hangs import ranges
+from lasp.comm.hangs import ranges
 from lasp.launch.local import TASK, Interrupted, RankFailure, explain_failure, rank_environment
 from lasp.launch.placement import crossing_groups, largest_world, place_ranks
 from lasp.launch.ray_worker import END, ENDED, FATAL, PLACE, RUN, STOP, WORK

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lasp.config import ModelConfig
-from lasp.features import feature_width
 from lasp.launch.activations import LinearSizes, Load, saved_by_block
 from lasp.launch.memory import block_sizes
+from lasp.models.config import ModelConfig
+from lasp.models.features import feature_width
 
 EFFICIENCY = 0.39
 _CHUNK = 64  # tokens whose scores a linear operator makes

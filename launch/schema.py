@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from lasp.config import MixerConfig, ModelConfig
-from lasp.fabric import PRESETS, Fabric
+from lasp.cost.fabric import PRESETS, Fabric
+from lasp.cp_context import ExchangeOptions
 from lasp.launch.sections import (
     CheckpointConfig,
     Count,
@@ -38,10 +38,10 @@ from lasp.launch.sections import (
 from lasp.launch.token_files import STDLIB
 from lasp.launch.tokenizer import BYTES, load_tokenizer
 from lasp.launch.yaml_text import parse_yaml
-from lasp.options import ExchangeOptions
+from lasp.models.config import MixerConfig, ModelConfig
 from lasp.parallel.files import reading
 from lasp.parallel.zero import check_available
-from lasp.softmax_ulysses import check_heads
+from lasp.softmax.ulysses import check_heads
 
 MAX_TIMEOUT_S = 1e6  # beyond it a clock overflows
 MIN_TIMEOUT_S = 1.0  # processes of one job start further apart than less

@@ -26,7 +26,7 @@ from lasp.launch.rendezvous import Job, choose_device, process_group
 from lasp.launch.schema import MegatronConfig, RunConfig, checked
 from lasp.launch.tokenizer import load_tokenizer
 from lasp.layout import SequenceLayout
-from lasp.model import LinearLlama
+from lasp.models.linear_llama import LinearLlama
 from lasp.parallel.gpt_traces import join_traces
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate, reduce_gradients

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lasp.parallel.checkpoint import MODEL, MOMENTS
-from lasp.parallel.engine import ModuleEngine, OptimizerSettings
+from lasp.parallel.engine import ModuleEngine
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import reduce_gradients
+from lasp.parallel.optimizer import OptimizerSettings
 
 
 class DataParallelEngine(ModuleEngine):

@@ -27,35 +27,7 @@ from lasp.layout import SequenceLayout
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate
 from lasp.parallel.offload import SavedTensors
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW (arXiv 1711.05101) with linear warmup and a cosine decay.
-
-    Attributes:
-        lr: peak learning rate, reached after ``warmup_steps``; ``min_lr`` is that of the last step.
-        steps: length of the schedule.
-        weight_decay: decoupled, for matrices only: norms, biases and gates (one dimension) have none.
-        clip: largest global gradient norm; None: no clipping.
-    """
-
-    lr: float
-    steps: int
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float | None = 1.0
-
-    def lr_at(self, step: int) -> float:
-        """The learning rate of step ``step``, counted from 0."""
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
-        span = max(1, self.steps - self.warmup_steps - 1)
-        progress = min(1.0, (step - self.warmup_steps) / span)
-        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1.0 + math.cos(math.pi * progress))
+from lasp.parallel.optimizer import OptimizerSettings
 
 
 @dataclass(frozen=True)
@@ -258,43 +230,3 @@ def _share_out(sizes: Mapping[str, int], num_ranks: int) -> dict[str, int]:
         owners[name] = loads.index(min(loads))
         loads[owners[name]] += sizes[name]
     return owners
-
-
-def build_engine(
-    name: str,
-    model: nn.Module,
-    mesh: Mesh,
-    settings: OptimizerSettings,
-    dtype: torch.dtype,
-    *,
-    offload_activations: bool = False,
-) -> ModuleEngine:
-    """The engine called ``name``: ``ddp``, ``fsdp2``, or ``zero0`` to ``zero3``.
-
-    Args:
-        offload_activations: keep what a forward saves for its backward in host memory; see
-            :mod:`lasp.parallel.offload`.
-
-    Raises:
-        ValueError: there is no such engine, or it cannot train in ``dtype`` or on this mesh.
-    """
-    engine = _build(name, model, mesh, settings, dtype)
-    if offload_activations:
-        engine.offload_activations()
-    return engine
-
-
-def _build(name: str, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype) -> ModuleEngine:
-    if name == "ddp":
-        from lasp.parallel.ddp import DataParallelEngine
-
-        return DataParallelEngine(model, mesh, settings, dtype)
-    if name == "fsdp2":
-        from lasp.parallel.fsdp import ShardedEngine
-
-        return ShardedEngine(model, mesh, settings, dtype)
-    if name in ("zero0", "zero1", "zero2", "zero3"):
-        from lasp.parallel.zero import ZeroEngine
-
-        return ZeroEngine(model, mesh, settings, dtype, int(name[-1]))
-    raise ValueError(f"engine must be 'ddp', 'fsdp2', or 'zero0' to 'zero3', got {name!r}. Choose one of them.")

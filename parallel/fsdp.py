@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lasp.parallel.checkpoint import MODEL, MOMENTS
-from lasp.parallel.engine import ModuleEngine, OptimizerSettings
+from lasp.parallel.engine import ModuleEngine
 from lasp.parallel.mesh import Mesh
+from lasp.parallel.optimizer import OptimizerSettings
 
 
 class ShardedEngine(ModuleEngine):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from lasp.config import ModelConfig
+from lasp.models.config import ModelConfig
 from lasp.parallel.gpt_weights import padded_vocab_size
 
 

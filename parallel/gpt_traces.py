@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lasp.config import ModelConfig
+from lasp.models.config import ModelConfig
 from lasp.parallel.gpt_weights import join, to_native
 
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lasp.config import ModelConfig
-from lasp.features import feature_width
+from lasp.models.config import ModelConfig
+from lasp.models.features import feature_width
 
 _WHOLE = {  # outside the layers
     "embed.weight": "embedding.word_embeddings.weight",

@@ -22,9 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lasp import comm
-from lasp.context import CPContext
+from lasp.cp_context import CPContext, ExchangeOptions
 from lasp.layout import SequenceLayout
-from lasp.options import ExchangeOptions
 from lasp.parallel.files import explained
 
 _EXPECTED = {"rejected": ValueError, "refused by the system": OSError}  # their message is the whole story

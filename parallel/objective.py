@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lasp import comm
-from lasp.context import CPContext
+from lasp.cp_context import CPContext, ExchangeOptions
 from lasp.layout import SequenceLayout
-from lasp.options import ExchangeOptions
 from lasp.parallel.mesh import Mesh
 
 IGNORED = -100

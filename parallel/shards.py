@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lasp.config import ModelConfig
+from lasp.models.config import ModelConfig
 from lasp.parallel.checkpoint import MODEL, SHARDS, Checkpoint
 from lasp.parallel.files import reading
 from lasp.parallel.gpt_weights import to_native

@@ -4,7 +4,7 @@ It has a connection of its own to the job's store. Twice a second it writes down
 rank has entered, so that others can say where it was if it dies, and looks whether anybody has asked a question. The
 rank whose wait fails asks: all ranks answer with what they have entered and the stacks of their Python threads, also
 for ranks beside them that cannot answer any more (lasp.parallel.recorder); who still is silent is dead or stuck. From
-that follows one sentence (lasp.hangs), the *verdict*. It is written once, and every rank reports the same. Where a
+that follows one sentence (lasp.comm.hangs), the *verdict*. It is written once, and every rank reports the same. Where a
 wait raises an error (gloo), the waiting thread asks. Where the host never waits (NCCL), and on the rank that is late,
 this thread ends the process with the verdict.
 
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from lasp import comm
-from lasp.hangs import Report, Wait, explain, missing_ranks
+from lasp.comm.hangs import Report, Wait, explain, missing_ranks
 from lasp.parallel.recorder import Neighbour, Recorder
 
 _INTERVAL_S, _FIRST_S = 0.5, 0.05  # between two looks; until all neighbours are known

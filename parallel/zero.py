@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from lasp import comm
 from lasp.parallel.checkpoint import MODEL, MOMENTS
-from lasp.parallel.engine import ModuleEngine, OptimizerSettings, StepResult
+from lasp.parallel.engine import ModuleEngine, StepResult
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
 from lasp.parallel.offload import SavedTensors
+from lasp.parallel.optimizer import OptimizerSettings
 from lasp.parallel.zero_stages import Cut, Gathered, Whole, surroundings
 
 _KINDS = (MODEL, *MOMENTS)

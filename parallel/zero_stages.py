@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp.parallel.checkpoint import MODEL, MOMENTS
-from lasp.parallel.engine import OptimizerSettings
 from lasp.parallel.mesh import Mesh
+from lasp.parallel.optimizer import OptimizerSettings
 
 BUCKET_ELEMENTS = 2**26  # gradients summed at once: 256 MiB in fp32
 PERSISTENT_ELEMENTS = 100_000  # stage 3 leaves parameters up to this size whole

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lasp import comm
-from lasp.chains import ChainPlan
+from lasp.context.chains import ChainPlan
+from lasp.context.context import Context
 from lasp.kernels.state import StateMap
-
-if TYPE_CHECKING:
-    from lasp.context import CPContext
 
 
 class StateExchange(ABC):
@@ -21,7 +18,7 @@ class StateExchange(ABC):
     All states are [..., B, H, K, V]. Every method that communicates runs on every rank of the group.
     """
 
-    def __init__(self, cp: CPContext, plan: ChainPlan):
+    def __init__(self, cp: Context, plan: ChainPlan):
         self.cp, self.plan = cp, plan
         self._place = comm.place("linear")  # here, since a backward runs outside the layer's scope
 

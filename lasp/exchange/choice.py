@@ -5,21 +5,18 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lasp import cost
-from lasp.chains import ChainPlan
+from lasp.context.chains import ChainPlan
+from lasp.context.context import Context
+from lasp.cost.fabric import Fabric
 from lasp.exchange.base import StateExchange
 from lasp.exchange.gather import AllGather
-from lasp.exchange.scan import AllScan, LogScan, NodeScan, Ring
-from lasp.fabric import Fabric
+from lasp.exchange.line_scan import AllScan, LogScan, NodeScan, Ring
 from lasp.kernels.state import StateMap
-
-if TYPE_CHECKING:
-    from lasp.context import CPContext
 
 EXCHANGES: dict[str, type[StateExchange]] = {
     "all_gather": AllGather,
@@ -47,7 +44,7 @@ class Setting:
     reason: str
 
 
-def new_exchange(cp: CPContext, plan: ChainPlan, maps: StateMap, fixed: Tensor | None) -> StateExchange:
+def new_exchange(cp: Context, plan: ChainPlan, maps: StateMap, fixed: Tensor | None) -> StateExchange:
     """The exchange of one layer whose maps are these."""
     lead = maps.state.shape[1:]  # [B, H, K, V]
     transition = maps.log_decay if maps.matrix is None else maps.matrix
@@ -57,7 +54,7 @@ def new_exchange(cp: CPContext, plan: ChainPlan, maps: StateMap, fixed: Tensor |
     return EXCHANGES[chosen.exchange](cp, plan, *sliced)
 
 
-def setting(cp: CPContext, state: int, transition: int, value_dim: int, dtype: torch.dtype) -> Setting:
+def setting(cp: Context, state: int, transition: int, value_dim: int, dtype: torch.dtype) -> Setting:
     """What a layer gets whose maps have so many numbers; equal on all ranks.
 
     Args:

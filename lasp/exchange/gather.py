@@ -6,7 +6,7 @@ before it in its chain; the gradient of the state that leaves a segment is the f
     S_in = A_{i-1} ( ... A_0 S_initial + b_0 ... ) + b_{i-1}           dS_out = C_{i+1} + A_{i+1}^T ( C_{i+2} + ... )
 
 The size of a message does not depend on the length of the sequence (LASP-2, arXiv 2502.07563, section 3.2). Which maps
-travel and who folds what is planned on the host by :class:`lasp.chains.ChainPlan`.
+travel and who folds what is planned on the host by :class:`lasp.context.chains.ChainPlan`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lasp import comm
-from lasp.chains import Slots
+from lasp.context.chains import Slots
 from lasp.exchange.base import StateExchange
 from lasp.exchange.wire import pack, unpack
 from lasp.kernels.state import StateMap, fold

@@ -119,7 +119,7 @@ def exchange(
     output: Path,
 ) -> None:
     """Time every exchange beside the cost model's prediction, here or over a sweep of virtual clusters."""
-    from lasp.fabric import Fabric
+    from lasp.cost.fabric import Fabric
     from lasp.launch.bench import exchange as driver
     from lasp.launch.bench import exchange_report, options
     from lasp.launch.bench.exchange_cell import KINDS, NAMES, heads_of
@@ -190,7 +190,7 @@ def layer(
     output: Path,
 ) -> None:
     """Compare LASP-1, LASP-2, ZeCO, our exchanges, Ring Attention and Ulysses on one layer, and what they expose."""
-    from lasp.fabric import Fabric
+    from lasp.cost.fabric import Fabric
     from lasp.launch.bench import layer as driver
     from lasp.launch.bench import options
     from lasp.launch.bench.baselines import METHODS

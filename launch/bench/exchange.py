@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lasp.cost import choose, estimate
+from lasp.cost.fabric import Fabric
 from lasp.exchange import AUTO
-from lasp.fabric import Fabric
 from lasp.launch.bench.exchange_cell import NAMES, TOLERANCE, case_of, difference, time_exchanges
 from lasp.launch.bench.fabric import measure_fabric
 from lasp.launch.bench.options import readable, readable_rate

@@ -15,8 +15,8 @@ import torch
 
 from lasp import CPContext, SequenceLayout
 from lasp.cost import Case
+from lasp.cost.fabric import Fabric, Link
 from lasp.exchange import AUTO, EXCHANGES, new_exchange
-from lasp.fabric import Fabric, Link
 from lasp.kernels.state import StateMap
 from lasp.launch.bench.ranks import Ranks
 from lasp.parallel.mesh import Mesh

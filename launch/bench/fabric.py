@@ -18,7 +18,7 @@ import torch
 
 from lasp import comm
 from lasp.cost import Case, estimate
-from lasp.fabric import Fabric, Link
+from lasp.cost.fabric import Fabric, Link
 from lasp.launch.bench.exchange_cell import time_exchanges
 from lasp.launch.bench.options import readable
 from lasp.launch.bench.ranks import Ranks

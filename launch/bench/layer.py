@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lasp import CPContext, SequenceLayout, linear_attention
-from lasp.fabric import Fabric
+from lasp.cost.fabric import Fabric
 from lasp.kernels import chunked
 from lasp.launch.bench.baselines import METHODS, Method
 from lasp.launch.bench.exchange_cell import context_over

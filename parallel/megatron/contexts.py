@@ -15,9 +15,8 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lasp.context import CPContext
+from lasp.cp_context import CPContext, ExchangeOptions
 from lasp.layout import SequenceLayout
-from lasp.options import ExchangeOptions
 
 Order = Literal["zigzag", "contiguous"]
 KEPT_LENGTHS = 64  # a context in use lives on without being kept

@@ -1,9 +1,9 @@
 """The ``core_attention`` of Megatron's SelfAttention: LASP-2 for linear layers, LASP-2H for softmax layers.
 
 Megatron owns the projections, RoPE, tensor and pipeline parallelism; what lies between the projections is
-:class:`lasp.mixer.LinearMixer` or :func:`lasp.softmax_attention`, on this rank's heads and tokens. Under Megatron's
-activation recompute the forward message of a layer is sent again, unless the micro-batch brings LayoutParams, which
-keep what the first run received; the backward one never is.
+:class:`lasp.models.linear_mixer.LinearMixer` or :func:`lasp.softmax_attention`, on this rank's heads and tokens. Under
+Megatron's activation recompute the forward message of a layer is sent again, unless the micro-batch brings
+LayoutParams, which keep what the first run received; the backward one never is.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 
 from lasp import comm
-from lasp.config import MixerConfig, ModelConfig
-from lasp.context import CPContext
-from lasp.features import init_normal
-from lasp.halo import short_convolution
-from lasp.mixer import LinearMixer
+from lasp.attention import softmax_attention
+from lasp.convolution import short_convolution
+from lasp.cp_context import CPContext
+from lasp.models.config import MixerConfig, ModelConfig
+from lasp.models.features import init_normal
+from lasp.models.linear_mixer import LinearMixer
 from lasp.parallel.megatron.contexts import CPContexts, Order
 from lasp.parallel.megatron.layouts import LayoutParams
 from lasp.parallel.megatron.refusals import check_call, check_convolution, check_core, check_mixer
-from lasp.softmax import softmax_attention
 
 # of a mixer, per head, so cut over TP along dim 0; the rest of it is replicated
 TP_SHARDED = ("decay.bias", "decay.A_log", "conv_q", "conv_k", "conv_v")
@@ -257,7 +257,7 @@ class _HeadMixer(LinearMixer):
                 self.register_parameter(name, torch.nn.Parameter(weight))
 
     def init_parameters(self, generator: torch.Generator | None = None) -> None:
-        """The convolution, as :meth:`lasp.mixer.LinearMixer.init_parameters`."""
+        """The convolution, as :meth:`lasp.models.linear_mixer.LinearMixer.init_parameters`."""
         if self.options.conv_width:
             for weight in (self.conv_q, self.conv_k, self.conv_v):
                 init_normal(weight, self.options.conv_width**-0.5, generator)
@@ -265,7 +265,7 @@ class _HeadMixer(LinearMixer):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, gate: Tensor | None, cp: CPContext
     ) -> tuple[Tensor, Tensor | None]:
-        """q, k [B, T, h * K], v [B, T, h * V], projected; see :meth:`lasp.mixer.LinearMixer.mix`."""
+        """q, k [B, T, h * K], v [B, T, h * V], projected; see :meth:`lasp.models.linear_mixer.LinearMixer.mix`."""
         if self.options.conv_width:
             mixed, weight = torch.cat([q, k, v], -1), torch.cat([self.conv_q, self.conv_k, self.conv_v])
             y = short_convolution(mixed, weight, activation=self.options.conv_activation, cp=cp)

@@ -21,14 +21,15 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from lasp.model import LinearLlama
+from lasp.models.linear_llama import LinearLlama
 from lasp.parallel.checkpoint import SHARDS
-from lasp.parallel.engine import Engine, OptimizerSettings, StepResult
+from lasp.parallel.engine import Engine, StepResult
 from lasp.parallel.gpt_weights import to_megatron
 from lasp.parallel.megatron.layouts import LayoutParams
 from lasp.parallel.megatron.model import build_chunks, set_values, transformer_config
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import IGNORED, Batch, count_labels
+from lasp.parallel.optimizer import OptimizerSettings
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 

@@ -22,9 +22,9 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
-from lasp.context import CPContext
-from lasp.layers import rotary_frequencies
-from lasp.recompute import AttachedTape, ExchangeTape
+from lasp.cp_context import CPContext
+from lasp.models.layers import rotary_frequencies
+from lasp.models.recompute import AttachedTape, ExchangeTape
 
 
 class LayoutParams(PackedSeqParams):
@@ -151,7 +151,7 @@ class _LayoutRotary(RotaryEmbedding):
     def forward(self, max_seq_len: CPContext, offset: int = 0, packed_seq: bool = False, cp_group=None) -> Tensor:
         """Angles [T_local, 1, 1, kv_channels] of the tokens that this rank owns."""
         cp = max_seq_len
-        positions = cp.remember(
+        positions = cp.plan(
             ("megatron_positions", self.frequencies.device), lambda: cp.position_ids.to(self.frequencies.device)
         )
         angles = positions.double()[:, None] * self.frequencies

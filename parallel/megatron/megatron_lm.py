@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from lasp.config import MixerConfig
+from lasp.models.config import MixerConfig
 from lasp.parallel.megatron.contexts import CPContexts
 from lasp.parallel.megatron.specs import hybrid_layer_spec
 

@@ -17,8 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from lasp.config import ModelConfig
-from lasp.layers import RMSNorm
+from lasp.models.config import ModelConfig
+from lasp.models.layers import RMSNorm
 from lasp.parallel.gpt_rules import check_model
 from lasp.parallel.gpt_weights import canonical_name, cut, padded_vocab_size
 from lasp.parallel.megatron.layouts import LayoutOrder

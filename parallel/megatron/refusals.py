@@ -9,7 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from lasp.config import MixerConfig
+from lasp.models.config import MixerConfig
 
 CP_COMM_TYPES = (None, "p2p", "all_gather")  # p2p is Megatron-LM's default
 

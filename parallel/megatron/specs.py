@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from lasp.config import MixerConfig
+from lasp.models.config import MixerConfig
 from lasp.parallel.megatron.attention import LinearSelfAttention
 from lasp.parallel.megatron.contexts import CPContexts, Order
 from lasp.parallel.megatron.core import LinearCoreAttention, SoftmaxCoreAttention

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from lasp.config import MixerConfig, ModelConfig
-from lasp.presets import MIXER_PRESETS, MODEL_PRESETS
+from lasp.models.config import MixerConfig, ModelConfig
+from lasp.models.presets import MIXER_PRESETS, MODEL_PRESETS
 
 
 @pytest.mark.parametrize("name", MIXER_PRESETS)

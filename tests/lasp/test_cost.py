@@ -3,7 +3,7 @@
 import pytest
 
 from lasp.cost import EXCHANGES, SOFTMAX_EXCHANGES, Case, choose, estimate, estimate_softmax
-from lasp.fabric import Fabric, Link
+from lasp.cost.fabric import Fabric, Link
 
 # Latencies of 1 and 10 us, rates of 100 and 10 bytes/us, two interfaces per node, 5 us per exchange.
 TOY = Fabric("toy", Link(1e-6, 100e6), Link(10e-6, 10e6), 2, 5e-6, "by hand")

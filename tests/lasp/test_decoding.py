@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lasp import CPContext
-from lasp.generation import generate
-from lasp.presets import MIXER_PRESETS
+from lasp.models.generation import generate
+from lasp.models.presets import MIXER_PRESETS
 from tests.harness import assert_close
 from tests.lasp.test_model import CONV, make_model, tokens_like
 

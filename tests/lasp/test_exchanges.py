@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from lasp import CPContext, SequenceLayout, comm, linear_attention
+from lasp.comm.nodes import node_ids
+from lasp.cost.fabric import Fabric, Link
 from lasp.exchange import EXCHANGES, setting
-from lasp.fabric import Fabric, Link
-from lasp.hosts import node_ids
 from tests.harness import RankPool
 from tests.lasp.linear_cases import PACKED, Case, expected, matrix, results, special, worst
 from tests.lasp.test_comm import Places

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lasp.fabric import PRESETS, Fabric, Link
+from lasp.cost.fabric import PRESETS, Fabric, Link
 
 
 def values():

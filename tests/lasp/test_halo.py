@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasp import comm
-from lasp.context import CPContext
-from lasp.halo import HaloExchange, HaloPlan, HaloReturn, halo_plan, short_convolution
+from lasp.convolution import short_convolution
+from lasp.cp_context import CPContext
+from lasp.halo import HaloExchange, HaloPlan, HaloReturn, halo_plan
 from lasp.kernels import reference
 from lasp.layout import SequenceLayout
 from tests.harness import assert_close, relative_error

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from lasp import CPContext, linear_attention
-from lasp.config import ModelConfig
-from lasp.features import feature_map, feature_width
-from lasp.layers import RMSNorm, SoftmaxMixer, SwiGLU, apply_rotary, rotary_angles
-from lasp.mixer import DecayGate, LinearMixer, fixed_log_decay
-from lasp.presets import MIXER_PRESETS
+from lasp.models.config import ModelConfig
+from lasp.models.features import feature_map, feature_width
+from lasp.models.layers import RMSNorm, SoftmaxMixer, SwiGLU, apply_rotary, rotary_angles
+from lasp.models.linear_mixer import DecayGate, LinearMixer, fixed_log_decay
+from lasp.models.presets import MIXER_PRESETS
 from tests.harness import assert_close, relative_error
 
 DIM, HEADS, LAYER, LAYERS = 16, 2, 1, 3
@@ -188,7 +188,7 @@ def test_one_operator_call_per_layer(name, monkeypatch):
         calls.append(args)
         return linear_attention(*args, **kwargs)
 
-    monkeypatch.setattr("lasp.mixer.linear_attention", counted)
+    monkeypatch.setattr("lasp.models.linear_mixer.linear_attention", counted)
     config = make_config(SETTINGS[name])
     run_mixer(make_mixer(config), config, torch.randn(2, 6, DIM, dtype=torch.float64), 6)
     assert len(calls) == 1

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lasp import CPContext, SequenceLayout
-from lasp.chains import ChainPlan
+from lasp.context.chains import ChainPlan
 
 EXAMPLE = (0, 5, 12)  # the worked example of the glossary
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lasp.fabric import Fabric
+from lasp.cost.fabric import Fabric
 
 ROOT = Path(__file__).parents[2]
 MACHINE = ("commit", "python", "numpy")

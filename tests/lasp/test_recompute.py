@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from lasp import CPContext, SequenceLayout, comm, linear_attention
-from lasp.recompute import recompute
+from lasp.models.recompute import recompute
 from tests.lasp.test_model import make_model, tokens_like
 
 

@@ -9,12 +9,13 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasp import comm, softmax_gather
-from lasp.context import CPContext
+from lasp import comm
+from lasp.attention import softmax_attention
+from lasp.cp_context import CPContext
 from lasp.halo import halo_plan
 from lasp.kernels import reference
 from lasp.layout import SequenceLayout
-from lasp.softmax import softmax_attention
+from lasp.softmax import gather as softmax_gather
 from tests.harness import assert_close, relative_error
 from tests.lasp.test_halo import PACKED, TOLERANCE, draw_tensors, layouts, random_layouts
 

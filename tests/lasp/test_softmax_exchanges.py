@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lasp import CPContext, SequenceLayout, comm, softmax_attention, softmax_ring
-from lasp.fabric import Fabric, Link
+from lasp import CPContext, SequenceLayout, comm, softmax_attention
+from lasp.cost.fabric import Fabric, Link
 from lasp.kernels import reference
-from lasp.softmax_choice import softmax_choice
-from lasp.softmax_ulysses import check_heads
+from lasp.softmax import ring as softmax_ring
+from lasp.softmax.choice import softmax_choice
+from lasp.softmax.ulysses import check_heads
 from tests.harness import assert_close, relative_error
 from tests.lasp.test_halo import layouts, random_layouts
 from tests.lasp.test_model import make_model

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from lasp import CPContext, SequenceLayout, linear_attention
-from lasp.fabric import Link
+from lasp.cost.fabric import Link
 from lasp.launch.bench import exchange, layer, options, scaling, steps
 from lasp.launch.bench.baselines import METHODS
 from lasp.launch.bench.exchange import HOSTS, RANKS, RATES, SIZES, Cell, Settings, grid, summarise

@@ -18,7 +18,7 @@ from lasp.launch.cli import main
 from lasp.launch.local import RankFailure, run_local
 from lasp.launch.schema import load_config
 from lasp.launch.train import train
-from lasp.model import Block
+from lasp.models.linear_llama import Block
 from tests.launch.helpers import tiny_yaml
 
 LIMIT_S = 4

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lasp.config import ModelConfig
 from lasp.launch.activations import Load, saved_by_block
 from lasp.launch.memory import Setup, predict_memory, total
 from lasp.layout import SequenceLayout
-from lasp.model import LinearLlama
-from lasp.parallel.engine import OptimizerSettings, build_engine
+from lasp.models.config import ModelConfig
+from lasp.models.linear_llama import LinearLlama
+from lasp.models.presets import MIXER_PRESETS
+from lasp.parallel.build import build_engine
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
-from lasp.presets import MIXER_PRESETS
+from lasp.parallel.optimizer import OptimizerSettings
 
 CONV = {"decay": "scalar", "gate": "mamba", "conv_width": 4, "conv_activation": "silu", "out_gate": "sigmoid"}
 KINDS = {name: {"mixer": name} for name in MIXER_PRESETS} | {

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lasp.fabric import Fabric, Link
+from lasp.cost.fabric import Fabric, Link
 from lasp.launch import preflight
 from lasp.launch.preflight import check_model, check_ranks, checksum, difference
 from lasp.launch.schema import load_config

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from lasp.generation import _sample
 from lasp.launch.cli import main
 from lasp.launch.schema import load_config
 from lasp.launch.token_files import TokenFile, write_token_file
 from lasp.launch.tokenizer import ByteTokenizer
 from lasp.launch.train import train
+from lasp.models.generation import _sample
 from tests.launch.helpers import TEXTS, tiny_yaml, tokenizer_file
 
 

@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from lasp.layout import SequenceLayout
 from lasp.parallel import zero_stages
-from lasp.parallel.engine import OptimizerSettings, build_engine
+from lasp.parallel.build import build_engine
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
+from lasp.parallel.optimizer import OptimizerSettings
 from lasp.parallel.tensor_files import read_tensors, read_whole, write_tensors
 from tests.harness import assert_close
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lasp import calls, comm
+from lasp import comm
+from lasp.comm import calls
 from lasp.parallel.files import explained
 from lasp.parallel.mesh import Mesh
 

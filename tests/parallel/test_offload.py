@@ -8,14 +8,15 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lasp.config import ModelConfig
 from lasp.layout import SequenceLayout
-from lasp.model import LinearLlama
+from lasp.models.config import ModelConfig
+from lasp.models.linear_llama import LinearLlama
 from lasp.parallel import zero_stages
-from lasp.parallel.engine import OptimizerSettings, build_engine
+from lasp.parallel.build import build_engine
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
 from lasp.parallel.offload import MIN_BYTES, SavedTensors
+from lasp.parallel.optimizer import OptimizerSettings
 
 SETTINGS = OptimizerSettings(lr=0.01, steps=3, clip=0.5)
 TOKENS = 256

@@ -13,7 +13,7 @@ from unittest import mock
 import torch.distributed as dist
 
 from lasp import comm
-from lasp.hangs import Report, Wait, explain
+from lasp.comm.hangs import Report, Wait, explain
 from lasp.parallel.recorder import Neighbour, Recorder
 from lasp.parallel.watchdog import Watchdog
 

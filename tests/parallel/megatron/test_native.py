@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lasp import comm
-from lasp.config import ModelConfig
 from lasp.launch import verify
 from lasp.layout import SequenceLayout
-from lasp.model import LinearLlama
+from lasp.models.config import ModelConfig
+from lasp.models.linear_llama import LinearLlama
 from lasp.parallel.gpt_traces import join_traces
 from lasp.parallel.gpt_weights import padded_vocab_size, to_megatron, to_native
 from lasp.parallel.mesh import Mesh

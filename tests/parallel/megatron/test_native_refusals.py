@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lasp.config import ModelConfig
-from lasp.context import CPContext
+from lasp.cp_context import CPContext
+from lasp.models.config import ModelConfig
 from tests.parallel.megatron.test_refusals import call, config, core
 from tests.parallel.megatron.world import Case, enter_mesh, on_cpu
 

@@ -138,7 +138,7 @@ def make_chunks(case: Case, config=None) -> list[nn.Module]:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
-    from lasp.options import ExchangeOptions
+    from lasp.cp_context import ExchangeOptions
     from lasp.parallel.megatron import CPContexts, hybrid_layer_spec
 
     config = config or make_config(case)

@@ -3,7 +3,7 @@
 Every function returns what is in flight: a :class:`Pending`, or :class:`Messages`, so that a caller can work meanwhile.
 A wait never lasts longer than the group's timeout; when it fails, the error says which collective it was and who is
 missing. Which collectives run must depend only on values that are equal on all ranks of the group. Who counts and
-watches them is in :mod:`lasp.calls`.
+watches them is in :mod:`lasp.comm.calls`.
 """
 
 from __future__ import annotations
@@ -14,39 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lasp.calls import (
-    Call,
-    CommError,
-    Ledger,
-    Observer,
-    count_messages,
-    enter,
-    enter_messages,
-    explained,
-    failure,
-    last_number,
-    leave,
-    place,
-    record,
-    scope,
-)
-
-__all__ = [
-    "Call",
-    "CommError",
-    "Ledger",
-    "Messages",
-    "Observer",
-    "Pending",
-    "all_gather",
-    "all_to_all",
-    "explained",
-    "last_number",
-    "place",
-    "record",
-    "reduce_scatter",
-    "scope",
-]
+from lasp.comm.calls import Call, count_messages, enter, enter_messages, failure, leave
 
 
 class Pending:

@@ -21,7 +21,7 @@ def feature_width(name: str, key_dim: int, feature_dim: int | None = None) -> in
 
 
 def feature_map(name: str, key_dim: int, feature_dim: int | None = None, device=None, dtype=None) -> nn.Module:
-    """The map ``name`` of :class:`~lasp.config.MixerConfig` for heads of width ``key_dim``."""
+    """The map ``name`` of :class:`~lasp.models.config.MixerConfig` for heads of width ``key_dim``."""
     if name == "hadamard":
         return Hadamard(key_dim, feature_dim or key_dim, device, dtype)
     if name == "rebased":

@@ -1,25 +1,25 @@
 """Softmax attention over a cp_group: what it takes, and which exchange brings queries and keys together.
 
-    all_gather   a rank gets all keys and values of its documents, some heads at a time       lasp/softmax_gather.py
-    ring         shards of keys and values travel around, one computed while the next comes   lasp/softmax_ring.py
-    ulysses      a rank gets all tokens of some heads, and gives the outputs back             lasp/softmax_ulysses.py
+    all_gather   a rank gets all keys and values of its documents, some heads at a time       lasp/softmax/gather.py
+    ring         shards of keys and values travel around, one computed while the next comes   lasp/softmax/ring.py
+    ulysses      a rank gets all tokens of some heads, and gives the outputs back             lasp/softmax/ulysses.py
 
 With ``window=W`` a token reads at most W - 1 older ones, so instead of the gather each fragment fetches just these
-(lasp/softmax_window.py); a window under ``ulysses`` is one of the local attention. All give the same numbers.
+(lasp/softmax/window.py); a window under ``ulysses`` is one of the local attention. All give the same numbers.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lasp.checks import check_not_empty, check_scale, check_tensors, context_of
-from lasp.context import SOFTMAX_EXCHANGES, CPContext
+from lasp.checks import check_not_empty, check_scale, check_tensors
+from lasp.cp_context import CPContext
 from lasp.exchange import AUTO
-from lasp.softmax_choice import softmax_choice
-from lasp.softmax_gather import GatherAttention
-from lasp.softmax_ring import RingAttention
-from lasp.softmax_ulysses import UlyssesAttention, check_heads
-from lasp.softmax_window import WindowAttention
+from lasp.softmax.choice import SOFTMAX_EXCHANGES, softmax_choice
+from lasp.softmax.gather import GatherAttention
+from lasp.softmax.ring import RingAttention
+from lasp.softmax.ulysses import UlyssesAttention, check_heads
+from lasp.softmax.window import WindowAttention
 
 
 def softmax_attention(
@@ -57,7 +57,7 @@ def softmax_attention(
             below 1, without ``causal`` or under ``"ring"``; an unknown exchange.
     """
     _check(q, k, v, causal, window, scale, exchange)
-    cp = context_of(cp, q.shape[1])
+    cp = CPContext.of(cp, q.shape[1])
     cp.check_tokens("q", q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if exchange == AUTO:

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lasp import comm
-from lasp.config import ModelConfig
-from lasp.context import CPContext
-from lasp.features import init_normal
-from lasp.layers import Embedding, Linear, RMSNorm, Rotary, SoftmaxCache, SoftmaxMixer, SwiGLU, rotary_angles
-from lasp.mixer import LinearCache, LinearMixer
-from lasp.recompute import recompute
+from lasp.cp_context import CPContext
+from lasp.models.config import ModelConfig
+from lasp.models.features import init_normal
+from lasp.models.layers import Embedding, Linear, RMSNorm, Rotary, SoftmaxCache, SoftmaxMixer, SwiGLU, rotary_angles
+from lasp.models.linear_mixer import LinearCache, LinearMixer
+from lasp.models.recompute import recompute
 
 EMBEDDING_STD = 0.02
 
@@ -60,7 +60,7 @@ class LinearLlama(nn.Module):
     """The language model without its loss: tokens to hidden states; :meth:`logits` and ``output_weight`` do the rest.
 
     Args:
-        config: see :class:`~lasp.config.ModelConfig`.
+        config: see :class:`~lasp.models.config.ModelConfig`.
         generator: source of the initial values; the same seed gives the same model on every rank and for every
             cp_size. None: torch's default generator.
         device, dtype: of the parameters. On ``meta`` nothing is filled: call :meth:`reset_parameters` later.
@@ -202,3 +202,8 @@ class LinearLlama(nn.Module):
                 f"pattern = {self.config.pattern!r}, conv_width = {self.config.mixer.conv_width}: their caches are "
                 "not gathered. Prefill on one device."
             )
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, a tied head counted once. Builds the model without storage."""
+    return sum(p.numel() for p in LinearLlama(config, device="meta").parameters())

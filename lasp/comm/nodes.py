@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lasp import comm
-from lasp.calls import group_of
+from lasp.comm.calls import group_of
+from lasp.comm.collectives import all_gather
 
 
 def node_ids(group: dist.ProcessGroup | None) -> tuple[int, ...]:
@@ -27,7 +27,7 @@ def _asked(group: dist.ProcessGroup) -> tuple[int, ...]:
     seen: dict[int, int] = {}
     device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     name = torch.tensor([_fingerprint()], dtype=torch.int64, device=device)
-    names = comm.all_gather(name, group, "which ranks share a machine").wait().flatten().tolist()
+    names = all_gather(name, group, "which ranks share a machine").wait().flatten().tolist()
     return tuple(seen.setdefault(name, len(seen)) for name in names)
 
 

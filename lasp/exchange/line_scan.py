@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lasp import comm
-from lasp.background import Background
-from lasp.chains import ChainPlan
+from lasp.context.chains import ChainPlan
+from lasp.context.context import Context
 from lasp.exchange.algorithm import Algorithm, Together, run
+from lasp.exchange.background import Background
 from lasp.exchange.base import StateExchange
 from lasp.exchange.chain import Chain, chain_rounds
 from lasp.exchange.doubling import Doubling, doubling_rounds
@@ -25,9 +25,6 @@ from lasp.exchange.hierarchical import Hierarchical, NodePlan
 from lasp.exchange.line import Line
 from lasp.exchange.wire import Wire
 from lasp.kernels.state import StateMap, apply, transition
-
-if TYPE_CHECKING:
-    from lasp.context import CPContext
 
 
 class Scan(StateExchange):
@@ -37,7 +34,7 @@ class Scan(StateExchange):
         slices: pieces in which a state travels, where the algorithm has such.
     """
 
-    def __init__(self, cp: CPContext, plan: ChainPlan, slices: int = 1):
+    def __init__(self, cp: Context, plan: ChainPlan, slices: int = 1):
         super().__init__(cp, plan)
         self._slices = slices
 
@@ -111,9 +108,7 @@ class Scan(StateExchange):
     def _scan(self, maps: StateMap, messages: comm.Messages | None, *, backward: bool) -> dict[int, Tensor]:
         """What enters own segments, by their index."""
         directions = (backward,) if self.plan.causal else (False, True)
-        lines = {
-            d: self.cp.remember(("line", d), lambda d=d: Line.make(self.cp.layout, backward=d)) for d in directions
-        }
+        lines = {d: self.cp.plan(("line", d), lambda d=d: Line.make(self.cp.layout, backward=d)) for d in directions}
         parts: dict[object, Algorithm] = {}
         for d, line in lines.items():
             own = {p: _one(maps, line.maps[p]) for p in line.own(self.cp.cp_rank)}
@@ -164,7 +159,7 @@ class Ring(Scan):
 
     def algorithm(self, line: Line, maps: dict[int, StateMap], value_dim: int, *, backward: bool) -> Algorithm:
         make = lambda: chain_rounds(line, self.cp.cp_rank, value_dim, self._slices)  # noqa: E731
-        rounds = self.cp.remember(("chain", backward, value_dim, self._slices), make)
+        rounds = self.cp.plan(("chain", backward, value_dim, self._slices), make)
         return Chain(line, rounds, maps, value_dim, self._slices)
 
 
@@ -177,7 +172,7 @@ class LogScan(Scan):
 
     def algorithm(self, line: Line, maps: dict[int, StateMap], value_dim: int, *, backward: bool) -> Algorithm:
         make = lambda: doubling_rounds(line, self.cp.cp_rank, value_dim)  # noqa: E731
-        return Doubling(line, self.cp.remember(("doubling", backward, value_dim), make), maps)
+        return Doubling(line, self.cp.plan(("doubling", backward, value_dim), make), maps)
 
 
 class NodeScan(Scan):
@@ -185,7 +180,7 @@ class NodeScan(Scan):
 
     def algorithm(self, line: Line, maps: dict[int, StateMap], value_dim: int, *, backward: bool) -> Algorithm:
         make = lambda: NodePlan(line, self.cp.nodes, self.cp.cp_rank, value_dim, self._slices)  # noqa: E731
-        return Hierarchical(self.cp.remember(("nodes", backward, value_dim, self._slices), make), maps)
+        return Hierarchical(self.cp.plan(("nodes", backward, value_dim, self._slices), make), maps)
 
 
 def _one(maps: StateMap, i: int) -> StateMap:

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.config import ModelConfig
-from lasp.context import CPContext
-from lasp.features import feature_map, feature_width, init_normal
-from lasp.halo import short_convolution
-from lasp.layers import Linear, RMSNorm, Rotary, apply_rotary, low_rank
+from lasp.convolution import short_convolution
+from lasp.cp_context import CPContext
 from lasp.linear import linear_attention
+from lasp.models.config import ModelConfig
+from lasp.models.features import feature_map, feature_width, init_normal
+from lasp.models.layers import Linear, RMSNorm, Rotary, apply_rotary, low_rank
 
 NORMALISER_EPS = 1e-6
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp import comm
-from lasp.context import CPContext
+from lasp.context.context import Context
 from lasp.halo import HaloExchange, HaloReturn, halo_plan
 from lasp.kernels.softmax import Piece, softmax_backward, softmax_forward
 
@@ -24,7 +24,7 @@ class WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cp, window, scale):
-        plan = cp.remember(("window", window), lambda: _WindowPlan.build(cp, window))
+        plan = cp.plan(("window", window), lambda: _WindowPlan.build(cp, window))
         ctx.place = comm.place("softmax")
         halo = HaloExchange((k, v), halo_plan(cp, window - 1), cp.group, f"{ctx.place}, forward").wait()
         ctx.options = {"window": window, "scale": scale}
@@ -62,7 +62,7 @@ class _WindowPlan:
     pieces: tuple[Piece, ...]
 
     @classmethod
-    def build(cls, cp: CPContext, window: int) -> _WindowPlan:
+    def build(cls, cp: Context, window: int) -> _WindowPlan:
         """Each halo stands in front of its segment, so keys are in global order within a fragment."""
         sizes, pieces, added = [0], [], 0
         for segment, halo in zip(cp.segments, halo_plan(cp, window - 1).lengths, strict=True):

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from lasp.hangs import Report, Wait, explain
+from lasp.comm.hangs import Report, Wait, explain
 
 _SILENCE_S = 3.0  # how long the other ranks have to say where they are
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp import comm
-from lasp.context import CPContext
+from lasp.context.context import Context
 from lasp.kernels.softmax import Piece, softmax_backward, softmax_forward
 
 
@@ -83,14 +83,14 @@ def check_heads(heads: int, kv_heads: int, cp_size: int, key: str = "exchange") 
         )
 
 
-def _documents(cp: CPContext) -> list[Piece]:
+def _documents(cp: Context) -> list[Piece]:
     """Every document of the batch, with itself."""
     borders = cp.layout.cu_seqlens_global
     make = lambda: [(a, b, a, b) for a, b in zip(borders, borders[1:], strict=False) if a < b]  # noqa: E731
-    return cp.remember(("softmax", "documents"), make)
+    return cp.plan(("softmax", "documents"), make)
 
 
-def _to_heads(xs: Sequence[Tensor], cp: CPContext, place: str) -> list[Tensor]:
+def _to_heads(xs: Sequence[Tensor], cp: Context, place: str) -> list[Tensor]:
     """[B, T_local, H_i, D_i] to [B, T, H_i / cp_size, D_i]: all tokens in global order, of this rank's heads."""
     split = [x.unflatten(2, (cp.cp_size, -1)) for x in xs]  # [B, T_local, cp_size, h_i, D_i]
     packed = torch.cat([x.flatten(3) for x in split], -1).permute(2, 1, 0, 3)  # [cp_size, T_local, B, F]
@@ -102,7 +102,7 @@ def _to_heads(xs: Sequence[Tensor], cp: CPContext, place: str) -> list[Tensor]:
     return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _to_tokens(xs: Sequence[Tensor], cp: CPContext, place: str) -> list[Tensor]:
+def _to_tokens(xs: Sequence[Tensor], cp: Context, place: str) -> list[Tensor]:
     """The inverse of :func:`_to_heads`: [B, T, h_i, D_i], of one dtype, to [B, T_local, cp_size * h_i, D_i]."""
     packed = torch.cat([x.flatten(2) for x in xs], -1).transpose(0, 1)  # [T, B, F]
     rows = torch.cat([cp.layout.shard(packed, rank, 0) for rank in range(cp.cp_size)])
@@ -113,11 +113,11 @@ def _to_tokens(xs: Sequence[Tensor], cp: CPContext, place: str) -> list[Tensor]:
     return [part.unflatten(-1, shape).flatten(2, 3) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _counts(cp: CPContext) -> list[int]:
+def _counts(cp: Context) -> list[int]:
     """Tokens of each rank."""
     return [cp.layout.num_tokens(rank) for rank in range(cp.cp_size)]
 
 
-def _all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], cp: CPContext, place: str) -> Tensor:
+def _all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], cp: Context, place: str) -> Tensor:
     """:func:`lasp.comm.all_to_all`; a single rank keeps what it has."""
     return rows if cp.cp_size == 1 else comm.all_to_all(rows, send, receive, cp.group, place).wait()

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp import comm
-from lasp.context import CPContext
+from lasp.context.context import Context
 from lasp.kernels.softmax import Piece, softmax_backward, softmax_forward
 from lasp.kernels.softmax_parts import add_gradients, add_keys
 from lasp.kernels.state import state_dtype
@@ -44,7 +44,7 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cp, causal, scale):
-        plan = cp.remember(("softmax", "ring", causal), lambda: _RingPlan.build(cp, causal))
+        plan = cp.plan(("softmax", "ring", causal), lambda: _RingPlan.build(cp, causal))
         ctx.place, dtype = comm.place("softmax"), state_dtype(q.dtype)
         for hop, keys, values in _shards_of_keys(k, v, cp, plan, f"{ctx.place}, forward"):
             if hop == 0:
@@ -81,7 +81,7 @@ class RingAttention(torch.autograd.Function):
 
 
 def _shards_of_keys(
-    k: Tensor, v: Tensor, cp: CPContext, plan: _RingPlan, place: str
+    k: Tensor, v: Tensor, cp: Context, plan: _RingPlan, place: str
 ) -> Iterator[tuple[int, Tensor | None, Tensor | None]]:
     """Per hop the keys and values of rank ``plan.owner(hop)``, None where its shard does not come here.
 
@@ -109,7 +109,7 @@ def _shards_of_keys(
 class _ShardsOfGradients:
     """dK, dV of the shards: each follows its shard one hop behind, and goes home from the last rank that has it."""
 
-    def __init__(self, k: Tensor, v: Tensor, cp: CPContext, plan: _RingPlan, place: str):
+    def __init__(self, k: Tensor, v: Tensor, cp: Context, plan: _RingPlan, place: str):
         self._k, self._v, self._cp, self._plan = k, v, cp, plan
         self._messages = comm.Messages(cp.group, place) if plan.hops else None
         self._works, self._arriving, self._home = [], None, None
@@ -210,7 +210,7 @@ class _RingPlan:
         return hop < self.shards[self.owner(hop)].hops
 
     @classmethod
-    def build(cls, cp: CPContext, causal: bool) -> _RingPlan:
+    def build(cls, cp: Context, causal: bool) -> _RingPlan:
         """From the layout alone."""
         shards = _shards(cp.layout, causal)
         own, rest = [], []

@@ -10,12 +10,43 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
-from typing import TYPE_CHECKING
 
-from lasp.fabric import Fabric, Link
+from lasp.cost.fabric import Fabric, Link
 
-if TYPE_CHECKING:
-    from lasp.cost import Case
+
+@dataclass(frozen=True)
+class Case:
+    """What one layer's exchange moves, and between how many.
+
+    Attributes:
+        nodes: ranks of each node, in rank order.
+        state_bytes: b, of one state map of all heads.
+        transition_bytes: a, of its transition: 0 (identity, fixed decay), heads x 4 (a decay per token), heads x K x 4
+            (per channel), heads x K x K x 4 (dense).
+        fragments: F, most fragments of any rank: 1 (contiguous) or 2 (zigzag).
+        value_columns: V of the layer: no more slices than that.
+
+    Raises:
+        ValueError: a value that cannot be.
+    """
+
+    nodes: tuple[int, ...]
+    state_bytes: int
+    transition_bytes: int
+    fragments: int = 1
+    value_columns: int = 128
+
+    def __post_init__(self):
+        check_nodes(self.nodes)
+        for name, least in (("state_bytes", 1), ("transition_bytes", 0), ("fragments", 1), ("value_columns", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+
+    @property
+    def ranks(self) -> int:
+        """W, of all nodes."""
+        return sum(self.nodes)
 
 
 @dataclass(frozen=True)
@@ -216,3 +247,9 @@ def all_to_all(nodes: tuple[int, ...], fabric: Fabric, size: int) -> list[Phase]
         Phase(fabric.between, size / ranks, ceil(n / fabric.nics_per_node), ranks - n) for n in set(nodes) if n < ranks
     ]
     return inner + _slowest(outer)
+
+
+def check_nodes(nodes: tuple[int, ...]) -> None:
+    """Refuse what is no tuple of at least one positive number of ranks."""
+    if not isinstance(nodes, tuple) or not nodes or any(type(n) is not int or n < 1 for n in nodes):
+        raise ValueError(f"nodes must be a tuple of the ranks of each node, each an integer >= 1, got {nodes!r}.")

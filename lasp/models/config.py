@@ -1,7 +1,7 @@
 """What a model is: the options of a linear-attention layer and the shape of the model around it.
 
 A layer family (GLA, retention, Based, ...) is one setting of :class:`MixerConfig`, never a class of its own;
-the settings with names are in :mod:`lasp.presets`. Both classes are frozen dataclasses that check themselves.
+the settings with names are in :mod:`lasp.models.presets`. Both classes are frozen dataclasses that check themselves.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lasp.fields import check_positive, check_types, merge_fields, refuse
-from lasp.presets import MIXER_PRESETS, MODEL_PRESETS
+from lasp.models.config_fields import check_positive, check_types, merge_fields, refuse
+from lasp.models.presets import MIXER_PRESETS, MODEL_PRESETS
 
 Transition = Literal["identity", "scalar", "diagonal"]
 EXPANDING_FEATURES = ("taylor2", "rebased")
@@ -273,12 +273,6 @@ class ModelConfig:
     def value_dim(self) -> int:
         """V: width of a v head of a linear layer."""
         return self.mixer.value_dim or int(self.mixer.expand_v * self.dim) // self.mixer_heads
-
-    def num_parameters(self) -> int:
-        """Parameters of the model, a tied head counted once. Builds the model without storage."""
-        from lasp.model import LinearLlama  # the model reads this file
-
-        return sum(p.numel() for p in LinearLlama(self, device="meta").parameters())
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp import comm
-from lasp.context import CPContext
+from lasp.context.context import Context
 from lasp.kernels.softmax import Piece, softmax_backward, softmax_forward
 from lasp.kernels.state import state_dtype
 
@@ -37,7 +37,7 @@ class GatherAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cp, causal, scale):
-        plan = cp.remember(("softmax", causal), lambda: _GatherPlan.build(cp, causal))
+        plan = cp.plan(("softmax", causal), lambda: _GatherPlan.build(cp, causal))
         o = q.new_empty(*q.shape[:3], v.shape[-1])
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=state_dtype(q.dtype))
         ctx.place = comm.place("softmax")
@@ -81,7 +81,7 @@ class _GatherPlan:
     longest: int
 
     @classmethod
-    def build(cls, cp: CPContext, causal: bool) -> _GatherPlan:
+    def build(cls, cp: Context, causal: bool) -> _GatherPlan:
         """From the first to the last global token that any query of this rank reads."""
         layout, borders = cp.layout, cp.layout.cu_seqlens_global
         seen = [(borders[s.document], s.stop_global if causal else borders[s.document + 1]) for s in cp.segments]
@@ -100,7 +100,7 @@ class _GatherPlan:
 
 
 def _head_groups(
-    q: Tensor, k: Tensor, v: Tensor, cp: CPContext, plan: _GatherPlan, place: str
+    q: Tensor, k: Tensor, v: Tensor, cp: Context, plan: _GatherPlan, place: str
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Per group of kv heads: the kv heads, their query heads, and all needed keys and values in global order.
 
@@ -139,7 +139,7 @@ def _in_order(parts: Sequence[Tensor], run: Sequence[tuple[int, int, int]]) -> T
 class _Scatter:
     """dK, dV of one head group on the way to the owners of their tokens: the adjoint of :func:`_head_groups`."""
 
-    def __init__(self, dkeys: Tensor, dvalues: Tensor, heads: slice, cp: CPContext, plan: _GatherPlan, place: str):
+    def __init__(self, dkeys: Tensor, dvalues: Tensor, heads: slice, cp: Context, plan: _GatherPlan, place: str):
         packed = torch.cat([dkeys, dvalues], -1)
         self._heads = heads
         shape = (cp.cp_size, packed.shape[0], plan.longest, *packed.shape[2:])

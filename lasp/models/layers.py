@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.config import ModelConfig
-from lasp.context import CPContext
+from lasp.attention import softmax_attention
+from lasp.cp_context import CPContext
 from lasp.kernels.swiglu import tiled_swiglu
-from lasp.softmax import softmax_attention
+from lasp.models.config import ModelConfig
 
 # cos and sin, each [T, 1, D / 2], per head width D
 Rotary = Mapping[int, tuple[Tensor, Tensor]]
@@ -25,14 +25,14 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Nothing: see :meth:`lasp.model.LinearLlama.reset_parameters`."""
+        """Nothing: see :meth:`lasp.models.linear_llama.LinearLlama.reset_parameters`."""
 
 
 class Embedding(nn.Embedding):
     """A table of token vectors, made without values like :class:`Linear`."""
 
     def reset_parameters(self) -> None:
-        """Nothing: see :meth:`lasp.model.LinearLlama.reset_parameters`."""
+        """Nothing: see :meth:`lasp.models.linear_llama.LinearLlama.reset_parameters`."""
 
 
 def low_rank(d_in: int, d_out: int, rank: int | None, device=None, dtype=None) -> nn.Module:

@@ -1,8 +1,8 @@
 """What each exchange of a layer costs on a fabric, as closed forms: the model behind ``exchange="auto"`` and plans.
 
 W ranks on N nodes, R of them on the largest, F fragments per rank, P = F W positions in global order; a state of b
-bytes, a transition of a bytes. A message of n bytes over a link takes ``latency + n / rate`` (:mod:`lasp.fabric`). An
-exchange is a list of phases, one after the other, and costs the fabric's ``overhead_s`` once:
+bytes, a transition of a bytes. A message of n bytes over a link takes ``latency + n / rate`` (:mod:`lasp.cost.fabric`).
+An exchange is a list of phases, one after the other, and costs the fabric's ``overhead_s`` once:
 
     all_gather    (W - N) latency within + (N - 1) between         ring algorithm: one message's way round, the others
                   + (W - 1) F (b + a) / rate of the slowest        behind it; each interface of a node carries a ring
@@ -27,47 +27,22 @@ from dataclasses import dataclass
 from math import ceil, inf
 from numbers import Real
 
-from lasp.fabric import Fabric
-from lasp.traffic import Traffic, all_to_all, chain, hierarchical, log_scan, ring_gather, ring_pass
+from lasp.cost.fabric import Fabric
+from lasp.cost.traffic import (
+    Case,
+    Traffic,
+    all_to_all,
+    chain,
+    check_nodes,
+    hierarchical,
+    log_scan,
+    ring_gather,
+    ring_pass,
+)
 
 EXCHANGES = ("all_gather", "ring", "all_scan", "log_scan", "hierarchical")
 SOFTMAX_EXCHANGES = ("all_gather", "ring", "ulysses")
 MAX_SLICES = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """What one layer's exchange moves, and between how many.
-
-    Attributes:
-        nodes: ranks of each node, in rank order.
-        state_bytes: b, of one state map of all heads.
-        transition_bytes: a, of its transition: 0 (identity, fixed decay), heads x 4 (a decay per token), heads x K x 4
-            (per channel), heads x K x K x 4 (dense).
-        fragments: F, most fragments of any rank: 1 (contiguous) or 2 (zigzag).
-        value_columns: V of the layer: no more slices than that.
-
-    Raises:
-        ValueError: a value that cannot be.
-    """
-
-    nodes: tuple[int, ...]
-    state_bytes: int
-    transition_bytes: int
-    fragments: int = 1
-    value_columns: int = 128
-
-    def __post_init__(self):
-        check_nodes(self.nodes)
-        for name, least in (("state_bytes", 1), ("transition_bytes", 0), ("fragments", 1), ("value_columns", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
-
-    @property
-    def ranks(self) -> int:
-        """W, of all nodes."""
-        return sum(self.nodes)
 
 
 @dataclass(frozen=True)
@@ -208,12 +183,6 @@ def choose_softmax(
         f"keys and values per rank over {fabric.name}{after}."
     )
     return Choice(taken.exchange, 1, taken.seconds, taken.seconds, reason, tuple(found))
-
-
-def check_nodes(nodes: tuple[int, ...]) -> None:
-    """Refuse what is no tuple of at least one positive number of ranks."""
-    if not isinstance(nodes, tuple) or not nodes or any(type(n) is not int or n < 1 for n in nodes):
-        raise ValueError(f"nodes must be a tuple of the ranks of each node, each an integer >= 1, got {nodes!r}.")
 
 
 def _priced(exchange: str, slices: int, traffic: Traffic, fabric: Fabric) -> Estimate:

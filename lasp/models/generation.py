@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lasp.model import LinearLlama
+from lasp.models.linear_llama import LinearLlama
 
 
 @torch.no_grad()

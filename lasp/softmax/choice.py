@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 from collections import Counter
 
-from lasp.context import CPContext
+from lasp.context.context import Context
 from lasp.cost import Choice, choose_softmax
-from lasp.fabric import Fabric
-from lasp.softmax_ulysses import heads_fit
+from lasp.cost.fabric import Fabric
+from lasp.softmax.ulysses import heads_fit
+
+SOFTMAX_EXCHANGES = ("all_gather", "ring", "ulysses")
 
 
 def softmax_choice(
-    cp: CPContext, batch: int, heads: tuple[int, int], widths: tuple[int, int], itemsize: int, window: int | None
+    cp: Context, batch: int, heads: tuple[int, int], widths: tuple[int, int], itemsize: int, window: int | None
 ) -> Choice:
     """The choice for one layer; equal on all ranks.
 
