@@ -55,7 +55,7 @@ from kernel_report import (
 )
 from kernel_timing import Stopwatch, pass_times
 
-from lasp.parallel.files import replace_text
+from lasp.parallel.file_errors import replace_text
 
 LENGTHS, HEADS, DIMS = (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20), (16, 64), (64, 128, 256)
 DRY_LENGTHS, DRY_HEADS, DRY_DIMS = (64, 128), (2,), (16,)

@@ -30,11 +30,11 @@ from lasp.launch.host import commit, processor
 from lasp.launch.rendezvous import open_store
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
-from lasp.parallel.build import build_engine
+from lasp.parallel.engines.build import build_engine
+from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
-from lasp.parallel.optimizer import OptimizerSettings
-from lasp.parallel.watchdog import Watchdog
+from lasp.parallel.watch.watchdog import Watchdog
 
 RANKS, TURN = 2, 10  # steps with, then steps without
 MODEL = {"vocab_size": 512, "dim": 128, "num_layers": 8, "pattern": "LLLS", "heads": 4, "mixer": "gla"}

@@ -13,10 +13,10 @@ import torch
 from lasp.launch.preflight import check_model
 from lasp.launch.schema import RunConfig
 from lasp.models.linear_llama import LinearLlama
-from lasp.parallel.build import build_engine
-from lasp.parallel.engine import Engine
+from lasp.parallel.engines.base import Engine
+from lasp.parallel.engines.build import build_engine
+from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.optimizer import OptimizerSettings
 
 
 @contextlib.contextmanager

@@ -208,8 +208,8 @@ def checkpoint() -> None:
 @click.argument("path")
 def inspect(path: str) -> None:
     """Verify every byte of a checkpoint and say what it holds."""
-    from lasp.parallel import checkpoint as checkpoints
-    from lasp.parallel.shards import parameter_index
+    from lasp.parallel.checkpoints import checkpoint as checkpoints
+    from lasp.parallel.checkpoints.native_weights import parameter_index
 
     saved = checkpoints.load(checkpoints.find(Path(path)))
     model = parameter_index(saved)
@@ -270,7 +270,7 @@ def _fail(error: Exception, debug: bool) -> None:
     """One message for what a user can mend; a traceback for what is our fault."""
     from lasp.comm import CommError
     from lasp.launch.local import Interrupted, RankFailure
-    from lasp.parallel.files import explained
+    from lasp.parallel.file_errors import explained
 
     _leave_for_agent(error)
     if debug and isinstance(error, RankFailure):

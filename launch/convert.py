@@ -26,13 +26,13 @@ from lasp.launch.tokenizer import load_tokenizer
 from lasp.launch.train import checkpoint_extras, checkpoint_state
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
-from lasp.parallel import checkpoint as checkpoints
-from lasp.parallel.checkpoint import MODEL, MOMENTS
-from lasp.parallel.files import reading, writing
+from lasp.parallel.checkpoints import checkpoint as checkpoints
+from lasp.parallel.checkpoints.checkpoint import MODEL, MOMENTS
+from lasp.parallel.checkpoints.native_weights import model_tensors
+from lasp.parallel.checkpoints.saver import Saver
+from lasp.parallel.checkpoints.tensor_files import read_whole
+from lasp.parallel.file_errors import reading, writing
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.saver import Saver
-from lasp.parallel.shards import model_tensors
-from lasp.parallel.tensor_files import read_whole
 
 SUFFIX = ".safetensors"
 _STATE = "lasp_state"  # in the header of the file

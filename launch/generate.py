@@ -10,8 +10,8 @@ from lasp.launch.tokenizer import Tokenizer, load_tokenizer
 from lasp.models.config import ModelConfig
 from lasp.models.generation import generate
 from lasp.models.linear_llama import LinearLlama
-from lasp.parallel import checkpoint as checkpoints
-from lasp.parallel.shards import model_tensors
+from lasp.parallel.checkpoints import checkpoint as checkpoints
+from lasp.parallel.checkpoints.native_weights import model_tensors
 
 
 def load_model(path: str | Path) -> tuple[LinearLlama, Tokenizer]:

@@ -29,8 +29,8 @@ from torch.distributed import TCPStore
 from lasp.comm import CommError
 from lasp.launch.rendezvous import ERROR, Job, open_store, report_error, watch_keys
 from lasp.launch.schema import RunConfig
-from lasp.parallel.files import explained
-from lasp.parallel.watchdog import last_entered, verdict
+from lasp.parallel.file_errors import explained
+from lasp.parallel.watch.watchdog import last_entered, verdict
 
 TRAIN = "lasp.launch.train:train"
 TASK = "lasp/task"  # key of the store

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from lasp.launch.activations import LinearSizes, Load, Saved, Term, rms_norm, saved_by_block, work_terms
 from lasp.models.config import ModelConfig
-from lasp.parallel.gpt_weights import padded_vocab_size
+from lasp.parallel.engines.zero_stages import BUCKET_ELEMENTS, LIVE_ELEMENTS
+from lasp.parallel.gpt.weights import padded_vocab_size
 from lasp.parallel.objective import CHUNK_ELEMENTS
-from lasp.parallel.zero_stages import BUCKET_ELEMENTS, LIVE_ELEMENTS
 
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "megatron")
 CUDA_BYTES = 2 * 2**30  # context, libraries, NCCL's buffers: assumed

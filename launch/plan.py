@@ -16,7 +16,7 @@ from lasp import cost
 from lasp.launch.candidates import Candidate, describe, price
 from lasp.launch.plan_job import Job
 from lasp.models.config import ModelConfig
-from lasp.parallel.gpt_rules import check_model
+from lasp.parallel.gpt.rules import check_model
 
 FFN_TILE = 8192  # tokens; proposed where a rank has more
 _MOST_GPUS = 2**12  # that are tried when nothing fits

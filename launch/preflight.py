@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lasp.comm.hangs import name_ranks
 from lasp.launch.schema import RunConfig
-from lasp.parallel.files import writing
+from lasp.parallel.file_errors import writing
 from lasp.parallel.mesh import Mesh
 
 Facts = Mapping[str, Any]

@@ -73,7 +73,7 @@ def train_rank(config: RunConfig) -> None:
     """Train, in the rank's process; the launcher learns of it through the job's store."""
     from lasp.launch.rendezvous import Job
     from lasp.launch.train import train
-    from lasp.parallel.files import explained
+    from lasp.parallel.file_errors import explained
 
     job = Job.from_environment()
     store = job.store(_STORE_TIMEOUT)

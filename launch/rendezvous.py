@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from lasp import comm
-from lasp.parallel.watchdog import Watchdog
+from lasp.parallel.watch.watchdog import Watchdog
 
 ERROR = "lasp/error/{rank}"  # key of a rank's report of its end
 LOOPBACK = "127.0.0.1"
@@ -309,7 +309,7 @@ def _own_keys(store: dist.Store, meeting: str) -> dist.Store:
 
 
 def watch_keys(store: dist.Store, meeting: str = Job.meeting) -> dist.Store:
-    """What the watchdogs of an attempt write down; see :func:`lasp.parallel.watchdog.verdict`."""
+    """What the watchdogs of an attempt write down; see :func:`lasp.parallel.watch.watchdog.verdict`."""
     return dist.PrefixStore("watch", _own_keys(store, meeting))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch.distributed import Store
 
 from lasp.launch.schema import RunConfig
-from lasp.parallel.files import reading, writing
+from lasp.parallel.file_errors import reading, writing
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 _WATCHED, _SHOWN = "lasp/watched", "lasp/shown"  # keys of the job's store: a launcher shows the run; its messages

@@ -23,8 +23,8 @@ from torch.distributed import Store
 
 from lasp.launch.report import METRICS
 from lasp.launch.schema import RunConfig
-from lasp.parallel import checkpoint as checkpoints
-from lasp.parallel.files import writing
+from lasp.parallel.checkpoints import checkpoint as checkpoints
+from lasp.parallel.file_errors import writing
 from lasp.parallel.mesh import Mesh
 
 _RESULTS = ("checkpoints", METRICS, "tensorboard")

@@ -39,8 +39,8 @@ from lasp.launch.token_files import STDLIB
 from lasp.launch.tokenizer import BYTES, load_tokenizer
 from lasp.launch.yaml_text import parse_yaml
 from lasp.models.config import MixerConfig, ModelConfig
-from lasp.parallel.files import reading
-from lasp.parallel.zero import check_available
+from lasp.parallel.engines.zero import check_available
+from lasp.parallel.file_errors import reading
 from lasp.softmax.ulysses import check_heads
 
 MAX_TIMEOUT_S = 1e6  # beyond it a clock overflows

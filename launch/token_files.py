@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lasp.launch.tokenizer import Tokenizer, fingerprint
-from lasp.parallel.files import reading, writing
+from lasp.parallel.file_errors import reading, writing
 
 STDLIB = "stdlib"  # as data.source: the running interpreter's standard library
 _SUFFIXES = (".bin", ".idx", ".json")

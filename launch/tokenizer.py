@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from lasp.parallel.files import reading
+from lasp.parallel.file_errors import reading
 
 BYTES = "bytes"
 _END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]", "<|im_end|>")

@@ -34,7 +34,7 @@ from lasp.launch.processes import children, ending_with_parent, kill_tree, send
 from lasp.launch.rendezvous import LOOPBACK, STORE, open_store
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import RunConfig
-from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.checkpoints import checkpoint as checkpoints
 
 MODULE = "lasp.launch.cli"
 _POLL_S = 0.1

@@ -31,11 +31,11 @@ from lasp.launch.rendezvous import Job, choose_device, group_timeout, process_gr
 from lasp.launch.report import METRICS, PLOT, Report, peak_memory_bytes
 from lasp.launch.schema import RunConfig
 from lasp.launch.tokenizer import Tokenizer, fingerprint, load_tokenizer
-from lasp.parallel import checkpoint as checkpoints
-from lasp.parallel.engine import Engine
+from lasp.parallel.checkpoints import checkpoint as checkpoints
+from lasp.parallel.checkpoints.saver import Saver
+from lasp.parallel.checkpoints.tensor_files import read_tensors
+from lasp.parallel.engines.base import Engine
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.saver import Saver
-from lasp.parallel.tensor_files import read_tensors
 
 _WRITE_TIMEOUT = timedelta(hours=1)  # of ranks that wait for the disks of others
 

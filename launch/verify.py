@@ -27,7 +27,7 @@ from lasp.launch.schema import MegatronConfig, RunConfig, checked
 from lasp.launch.tokenizer import load_tokenizer
 from lasp.layout import SequenceLayout
 from lasp.models.linear_llama import LinearLlama
-from lasp.parallel.gpt_traces import join_traces
+from lasp.parallel.gpt.traces import join_traces
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate, reduce_gradients
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from lasp import comm
 from lasp.cp_context import CPContext, ExchangeOptions
 from lasp.layout import SequenceLayout
-from lasp.parallel.files import explained
+from lasp.parallel.file_errors import explained
 
 _EXPECTED = {"rejected": ValueError, "refused by the system": OSError}  # their message is the whole story
 

@@ -37,7 +37,7 @@ from lasp.launch.bench.virtual_cluster import VirtualCluster
 from lasp.launch.local import RankFailure, rank_environment
 from lasp.launch.processes import ending_with_parent
 from lasp.launch.rendezvous import Job, choose_device, open_store, process_group
-from lasp.parallel.files import explained
+from lasp.parallel.file_errors import explained
 from lasp.parallel.mesh import Mesh
 
 MAX_PROCESSES = 16

@@ -16,7 +16,7 @@ import torch
 from lasp.launch import host
 from lasp.launch.bench.ranks import Ranks
 from lasp.launch.preflight import source_digest
-from lasp.parallel.files import replace_text, writing
+from lasp.parallel.file_errors import replace_text, writing
 
 FOLDER = Path("benchmarks/results/bench")
 

@@ -22,20 +22,20 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
 from lasp.models.linear_llama import LinearLlama
-from lasp.parallel.checkpoint import SHARDS
-from lasp.parallel.engine import Engine, StepResult
-from lasp.parallel.gpt_weights import to_megatron
+from lasp.parallel.checkpoints.checkpoint import SHARDS
+from lasp.parallel.engines.base import Engine, StepResult
+from lasp.parallel.engines.optimizer import OptimizerSettings
+from lasp.parallel.gpt.weights import to_megatron
 from lasp.parallel.megatron.layouts import LayoutParams
 from lasp.parallel.megatron.model import build_chunks, set_values, transformer_config
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import IGNORED, Batch, count_labels
-from lasp.parallel.optimizer import OptimizerSettings
 
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 class MegatronEngine(Engine):
-    """Trains a native model as a Megatron GPTModel; see :class:`lasp.parallel.engine.Engine`.
+    """Trains a native model as a Megatron GPTModel; see :class:`lasp.parallel.engines.base.Engine`.
 
     Args:
         model: its configuration, and the initial values; equal on all ranks, on the CPU, in fp32.
@@ -100,7 +100,7 @@ class MegatronEngine(Engine):
             _allocate_state(part.optimizer)
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        """See :meth:`lasp.parallel.engine.Engine.step`."""
+        """See :meth:`lasp.parallel.engines.base.Engine.step`."""
         count = int(count_labels([batch.labels for batch in batches], self.mesh)) // self.mesh.copies
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -118,7 +118,7 @@ class MegatronEngine(Engine):
         return StepResult(loss, grad_norm, lr, count)
 
     def evaluate(self, batches: Sequence[Batch]) -> float | None:
-        """See :meth:`lasp.parallel.engine.Engine.evaluate`."""
+        """See :meth:`lasp.parallel.engines.base.Engine.evaluate`."""
         for chunk in self.chunks:
             chunk.eval()
         total = run_schedule(self.chunks, batches, self.mesh)

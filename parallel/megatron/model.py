@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lasp.models.config import ModelConfig
 from lasp.models.layers import RMSNorm
-from lasp.parallel.gpt_rules import check_model
-from lasp.parallel.gpt_weights import canonical_name, cut, padded_vocab_size
+from lasp.parallel.gpt.rules import check_model
+from lasp.parallel.gpt.weights import canonical_name, cut, padded_vocab_size
 from lasp.parallel.megatron.layouts import LayoutOrder
 from lasp.parallel.megatron.specs import hybrid_layer_spec
 from lasp.parallel.mesh import Mesh

@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import Tensor, nn
 
 from lasp.models.linear_llama import LinearLlama
-from lasp.parallel.gpt_weights import to_megatron
+from lasp.parallel.gpt.weights import to_megatron
 from lasp.parallel.megatron.engine import inner, run_schedule
 from lasp.parallel.megatron.model import build_chunks, cut_dim, global_parameters, set_values, transformer_config
 from lasp.parallel.mesh import Mesh

@@ -11,8 +11,8 @@ from lasp.launch.schema import load_config
 from lasp.launch.token_files import write_token_file
 from lasp.launch.tokenizer import load_tokenizer
 from lasp.launch.train import train
-from lasp.parallel import checkpoint as checkpoints
-from lasp.parallel.tensor_files import read_whole
+from lasp.parallel.checkpoints import checkpoint as checkpoints
+from lasp.parallel.checkpoints.tensor_files import read_whole
 from tests.launch.helpers import TEXTS, tiny_yaml, tokenizer_file
 
 

@@ -22,8 +22,8 @@ from lasp.launch.rendezvous import Job, open_store, process_group
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
 from lasp.launch.train import train
+from lasp.parallel.checkpoints.saver import Saver
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.saver import Saver
 from tests.launch.helpers import tiny_yaml
 
 HOLDER = """
@@ -31,7 +31,7 @@ import sys, time
 from pathlib import Path
 from lasp.launch import run_dir
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.saver import Saver
+from lasp.parallel.checkpoints.saver import Saver
 with run_dir.locked(Path(sys.argv[1]), Mesh.build()):
     print("holds", flush=True)
     time.sleep(60)

@@ -12,10 +12,10 @@ from lasp.layout import SequenceLayout
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
 from lasp.models.presets import MIXER_PRESETS
-from lasp.parallel.build import build_engine
+from lasp.parallel.engines.build import build_engine
+from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
-from lasp.parallel.optimizer import OptimizerSettings
 
 CONV = {"decay": "scalar", "gate": "mamba", "conv_width": 4, "conv_activation": "silu", "out_gate": "sigmoid"}
 KINDS = {name: {"mixer": name} for name in MIXER_PRESETS} | {

@@ -90,7 +90,7 @@ def test_paths_that_cannot_be_used_are_refused_before_the_first_step(monkeypatch
     (tmp_path / "file").write_text("a file")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder.idx").mkdir()
-    monkeypatch.setattr("lasp.parallel.engine.Engine.step", pytest.fail)
+    monkeypatch.setattr("lasp.parallel.engines.base.Engine.step", pytest.fail)
     code, err = _run(monkeypatch, capsys, "train", path, override.format(tmp_path))
     assert code == 1 and UNUSABLE[override].format(tmp_path) in err and err.count("\n") == 1, err
 
@@ -111,7 +111,7 @@ def test_results_that_cannot_be_written_stop_a_run_before_its_first_step(
     (tmp_path / "run").mkdir()
     obstacle = tmp_path / "run" / name
     obstacle.mkdir() if is_folder else obstacle.write_text("")
-    monkeypatch.setattr("lasp.parallel.engine.Engine.step", pytest.fail)
+    monkeypatch.setattr("lasp.parallel.engines.base.Engine.step", pytest.fail)
     code, err = _run(monkeypatch, capsys, "train", tiny_yaml(tmp_path), "log.tensorboard=true")
     assert code == 1 and err.startswith(f"error: cannot write {obstacle}: {reason}. Free the disk or name"), err
 
@@ -134,7 +134,7 @@ def test_a_full_disk_is_one_message(monkeypatch, capsys, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lasp.parallel.tensor_files.HuggingFaceStorageWriter.write_data", full)
+    monkeypatch.setattr("lasp.parallel.checkpoints.tensor_files.HuggingFaceStorageWriter.write_data", full)
     code, err = _run(monkeypatch, capsys, "train", tiny_yaml(tmp_path))
     assert code == 1 and re.search(r"^error: cannot write \S*step-00000002: No space left", err), err
     assert not list((tmp_path / "run" / "checkpoints").iterdir())

@@ -8,7 +8,7 @@ import torch
 from lasp.launch.data import DataPlan
 from lasp.launch.schema import load_config
 from lasp.launch.train import train
-from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.checkpoints import checkpoint as checkpoints
 from tests.harness import RankPool
 from tests.launch.test_curve import check, curve
 from tests.launch.test_engines import STEPS, _config

@@ -10,7 +10,7 @@ from lasp.launch.schema import load_config
 from lasp.launch.token_files import write_token_file
 from lasp.launch.tokenizer import BYTES, ByteTokenizer, fingerprint, load_tokenizer
 from lasp.launch.train import train
-from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.checkpoints import checkpoint as checkpoints
 from tests.launch.helpers import TEXTS, tiny_config, tiny_yaml, tokenizer_file
 from tests.launch.test_train import _train_on_ranks
 

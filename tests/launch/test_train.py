@@ -13,7 +13,7 @@ from lasp.launch.generate import load_model, sample_text
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
 from lasp.launch.train import _train, train
-from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.checkpoints import checkpoint as checkpoints
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import tiny_config, tiny_yaml
 
@@ -145,7 +145,7 @@ def test_a_changed_setting_is_mentioned_on_resume(tmp_path, finished, capsys):
 def _poison_and_train(group, path, overrides):
     from unittest import mock
 
-    from lasp.parallel.engine import ModuleEngine
+    from lasp.parallel.engines.base import ModuleEngine
 
     original = ModuleEngine.step
 

@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.checkpoints import checkpoint as checkpoints
+from lasp.parallel.checkpoints.saver import Saver
+from lasp.parallel.checkpoints.tensor_files import read_whole
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.saver import Saver
-from lasp.parallel.tensor_files import read_whole
 
 CONFIG = {"dim": 4, "mixer": {"heads": 2, "decay": "none"}}
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
@@ -77,7 +77,7 @@ def test_a_failed_save_leaves_the_older_checkpoint(tmp_path, monkeypatch, broken
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"lasp.parallel.saver.{broken}", fail)
+        patch.setattr(f"lasp.parallel.checkpoints.saver.{broken}", fail)
         with pytest.raises(OSError, match=r"cannot write .*step-00000002.*no space"):
             _save(tmp_path, 2, background=background)
     assert os.listdir(tmp_path) == [good.name]
@@ -89,7 +89,7 @@ SAVING = """
 import sys, torch
 from pathlib import Path
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.saver import Saver
+from lasp.parallel.checkpoints.saver import Saver
 from tests.parallel.test_checkpoint import _save
 torch.set_num_threads(1)
 print("ready", flush=True)

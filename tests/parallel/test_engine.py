@@ -10,12 +10,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lasp.layout import SequenceLayout
-from lasp.parallel import zero_stages
-from lasp.parallel.build import build_engine
+from lasp.parallel.checkpoints.tensor_files import read_tensors, read_whole, write_tensors
+from lasp.parallel.engines import zero_stages
+from lasp.parallel.engines.build import build_engine
+from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
-from lasp.parallel.optimizer import OptimizerSettings
-from lasp.parallel.tensor_files import read_tensors, read_whole, write_tensors
 from tests.harness import assert_close
 
 SETTINGS = OptimizerSettings(lr=0.05, steps=6, warmup_steps=2, clip=0.05, weight_decay=0.2)
@@ -309,7 +309,7 @@ def test_a_step_that_is_refused_leaves_nothing_behind(ranks, name):
 
 
 def _what_deepspeed_has(group):
-    """Names that lasp.parallel.zero_stages reads and DeepSpeed no longer has; groups and operators of its own."""
+    """Names that lasp.parallel.engines.zero_stages reads and DeepSpeed no longer has; groups and operators of its own."""
     import deepspeed
 
     both = ("averaged_gradients",)
@@ -336,7 +336,7 @@ def _what_deepspeed_has(group):
 
 def test_deepspeed_has_what_is_read_of_it_and_makes_no_group_and_no_operator(ranks):
     for missing, own, operators, compiled in ranks.run(_what_deepspeed_has, size=4):
-        assert not missing, f"this DeepSpeed has no {missing}: adapt lasp.parallel.zero_stages to it"
+        assert not missing, f"this DeepSpeed has no {missing}: adapt lasp.parallel.engines.zero_stages to it"
         assert not own and operators == {"deepspeed_shm_comm": False} and compiled is None
 
 

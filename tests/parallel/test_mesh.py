@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from lasp import comm
 from lasp.comm import calls
-from lasp.parallel.files import explained
+from lasp.parallel.file_errors import explained
 from lasp.parallel.mesh import Mesh
 
 

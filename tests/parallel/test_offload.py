@@ -11,12 +11,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lasp.layout import SequenceLayout
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
-from lasp.parallel import zero_stages
-from lasp.parallel.build import build_engine
+from lasp.parallel.engines import zero_stages
+from lasp.parallel.engines.build import build_engine
+from lasp.parallel.engines.offload import MIN_BYTES, SavedTensors
+from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
-from lasp.parallel.offload import MIN_BYTES, SavedTensors
-from lasp.parallel.optimizer import OptimizerSettings
 
 SETTINGS = OptimizerSettings(lr=0.01, steps=3, clip=0.5)
 TOKENS = 256

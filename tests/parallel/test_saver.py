@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.checkpoints import checkpoint as checkpoints
+from lasp.parallel.checkpoints.saver import Saver
+from lasp.parallel.checkpoints.tensor_files import read_whole
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.saver import Saver
-from lasp.parallel.tensor_files import read_whole
 
 STATE = {"model": {}, "data_position": 0, "config": {}, "tokenizer": "bytes"}
 
@@ -52,13 +52,15 @@ def _none(rank):
 def _no_write(rank):
     """The disk of rank 2 is full."""
     full = OSError(errno.ENOSPC, "No space left on device")
-    where = "lasp.parallel.tensor_files.HuggingFaceStorageWriter.write_data"
+    where = "lasp.parallel.checkpoints.tensor_files.HuggingFaceStorageWriter.write_data"
     return mock.patch(where, side_effect=full) if rank == 2 else mock.MagicMock()
 
 
 def _no_hash(rank):
     gone = OSError(errno.EIO, "Input/output error")
-    return mock.patch("lasp.parallel.saver.fingerprint", side_effect=gone) if rank == 3 else mock.MagicMock()
+    return (
+        mock.patch("lasp.parallel.checkpoints.saver.fingerprint", side_effect=gone) if rank == 3 else mock.MagicMock()
+    )
 
 
 def _blind(rank):

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from lasp import comm
 from lasp.comm.hangs import Report, Wait, explain
-from lasp.parallel.recorder import Neighbour, Recorder
-from lasp.parallel.watchdog import Watchdog
+from lasp.parallel.watch.recorder import Neighbour, Recorder
+from lasp.parallel.watch.watchdog import Watchdog
 
 CP, DP = tuple(range(4)), (3, 7)
 NAMES = {n: f"layer {n % 10}, linear, forward" for n in range(30, 42)}
@@ -111,7 +111,7 @@ def test_a_collective_that_torch_issued_is_not_the_one_that_others_entered():
 
 CHILD = """
 import sys, time
-from lasp.parallel.recorder import Recorder
+from lasp.parallel.watch.recorder import Recorder
 recorder = Recorder()
 for number in range(600):
     recorder.write("0", number, f"layer {number}" + "x" * (number == 599) * 200)

@@ -13,7 +13,7 @@ import yaml
 from lasp.launch.report import read_metrics
 from lasp.launch.schema import load_config
 from lasp.launch.train import check_same_backend, train
-from lasp.parallel import checkpoint as checkpoints
+from lasp.parallel.checkpoints import checkpoint as checkpoints
 
 pytestmark = pytest.mark.timeout(900)  # many processes that load Megatron; a loaded machine takes minutes for it
 ROOT = Path(__file__).parents[3]

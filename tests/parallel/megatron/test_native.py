@@ -10,8 +10,8 @@ from lasp.launch import verify
 from lasp.layout import SequenceLayout
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
-from lasp.parallel.gpt_traces import join_traces
-from lasp.parallel.gpt_weights import padded_vocab_size, to_megatron, to_native
+from lasp.parallel.gpt.traces import join_traces
+from lasp.parallel.gpt.weights import padded_vocab_size, to_megatron, to_native
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
 from tests.harness import relative_error

@@ -12,10 +12,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lasp.models.config import ModelConfig
-from lasp.parallel.checkpoint import MODEL, SHARDS, Checkpoint
-from lasp.parallel.files import reading
-from lasp.parallel.gpt_weights import to_native
-from lasp.parallel.tensor_files import TensorInfo, read_whole
+from lasp.parallel.checkpoints.checkpoint import MODEL, SHARDS, Checkpoint
+from lasp.parallel.checkpoints.tensor_files import TensorInfo, read_whole
+from lasp.parallel.file_errors import reading
+from lasp.parallel.gpt.weights import to_native
 
 MASTERS = ("optimizer.state.param.", "optimizer.state.fp32_param.")  # of the distributed and of the plain optimizer
 

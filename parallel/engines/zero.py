@@ -1,8 +1,8 @@
 """Engines ``zero0`` to ``zero3``: DeepSpeed's stages (ZeRO, arXiv 1910.02054) under our loss and gradient rule.
 
 DeepSpeed cuts, reduces, gathers and applies; what is summed, measured and clipped is decided in
-:mod:`lasp.parallel.engine`, between its backward and its step. It sees the ranks of dp x cp as one data-parallel group.
-What a rank holds at which stage: :mod:`lasp.parallel.zero_stages`.
+:mod:`lasp.parallel.engines.base`, between its backward and its step. It sees the ranks of dp x cp as one data-parallel
+group. What a rank holds at which stage: :mod:`lasp.parallel.engines.zero_stages`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lasp import comm
-from lasp.parallel.checkpoint import MODEL, MOMENTS
-from lasp.parallel.engine import ModuleEngine, StepResult
+from lasp.parallel.checkpoints.checkpoint import MODEL, MOMENTS
+from lasp.parallel.engines.base import ModuleEngine, StepResult
+from lasp.parallel.engines.offload import SavedTensors
+from lasp.parallel.engines.optimizer import OptimizerSettings
+from lasp.parallel.engines.zero_stages import Cut, Gathered, Whole, surroundings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
-from lasp.parallel.offload import SavedTensors
-from lasp.parallel.optimizer import OptimizerSettings
-from lasp.parallel.zero_stages import Cut, Gathered, Whole, surroundings
 
 _KINDS = (MODEL, *MOMENTS)
 
@@ -42,7 +42,7 @@ def check_available(engine: str, dtype: torch.dtype) -> None:
 
 
 class ZeroEngine(ModuleEngine):
-    """Trains a model with DeepSpeed's ZeRO; see :class:`lasp.parallel.engine.Engine`.
+    """Trains a model with DeepSpeed's ZeRO; see :class:`lasp.parallel.engines.base.Engine`.
 
     Args:
         stage: 0 to 3.
@@ -106,7 +106,7 @@ class ZeroEngine(ModuleEngine):
         return kept
 
     def load(self, step_count: int, read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Every rank reads what it would write, and sends it; see :meth:`lasp.parallel.engine.ModuleEngine.load`."""
+        """Every rank reads what it would write, and sends it; see :meth:`lasp.parallel.engines.base.ModuleEngine.load`."""
         mine = [name for name in self._parameters if self.owner_of(name) == self.mesh.rank]
         owned = {f"{kind}.{name}": torch.empty(self.shapes[name], dtype=self.wide) for kind in _KINDS for name in mine}
         read(owned)

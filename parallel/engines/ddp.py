@@ -17,15 +17,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lasp.parallel.checkpoint import MODEL, MOMENTS
-from lasp.parallel.engine import ModuleEngine
+from lasp.parallel.checkpoints.checkpoint import MODEL, MOMENTS
+from lasp.parallel.engines.base import ModuleEngine
+from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import reduce_gradients
-from lasp.parallel.optimizer import OptimizerSettings
 
 
 class DataParallelEngine(ModuleEngine):
-    """Trains a model whose parameters every rank holds; see :class:`lasp.parallel.engine.Engine`."""
+    """Trains a model whose parameters every rank holds; see :class:`lasp.parallel.engines.base.Engine`."""
 
     def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
         super().__init__(model, mesh, settings, dtype)
@@ -44,7 +44,7 @@ class DataParallelEngine(ModuleEngine):
         return {f"{kind}.{name}": views[name] for kind, views in self._views().items() for name in mine}
 
     def load(self, step_count: int, read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Every rank reads all; see :meth:`lasp.parallel.engine.ModuleEngine.load`."""
+        """Every rank reads all; see :meth:`lasp.parallel.engines.base.ModuleEngine.load`."""
         read({f"{kind}.{name}": view for kind, views in self._views().items() for name, view in views.items()})
         self.step_count = step_count
         for group in self._groups:

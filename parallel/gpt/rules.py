@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from lasp.models.config import ModelConfig
-from lasp.parallel.gpt_weights import padded_vocab_size
+from lasp.parallel.gpt.weights import padded_vocab_size
 
 
 class Grid(Protocol):

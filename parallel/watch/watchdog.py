@@ -1,9 +1,9 @@
 """A thread in every rank that knows which collective the rank is in, and says why when one does not end.
 
-It has a connection of its own to the job's store. Twice a second it writes down the newest collective that this
-rank has entered, so that others can say where it was if it dies, and looks whether anybody has asked a question. The
-rank whose wait fails asks: all ranks answer with what they have entered and the stacks of their Python threads, also
-for ranks beside them that cannot answer any more (lasp.parallel.recorder); who still is silent is dead or stuck. From
+It has a connection of its own to the job's store. Twice a second it writes down the newest collective that this rank
+has entered, so that others can say where it was if it dies, and looks whether anybody has asked a question. The rank
+whose wait fails asks: all ranks answer with what they have entered and the stacks of their Python threads, also for
+ranks beside them that cannot answer any more (lasp.parallel.watch.recorder); who still is silent is dead or stuck. From
 that follows one sentence (lasp.comm.hangs), the *verdict*. It is written once, and every rank reports the same. Where a
 wait raises an error (gloo), the waiting thread asks. Where the host never waits (NCCL), and on the rank that is late,
 this thread ends the process with the verdict.
@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from lasp import comm
 from lasp.comm.hangs import Report, Wait, explain, missing_ranks
-from lasp.parallel.recorder import Neighbour, Recorder
+from lasp.parallel.watch.recorder import Neighbour, Recorder
 
 _INTERVAL_S, _FIRST_S = 0.5, 0.05  # between two looks; until all neighbours are known
 _SILENCE_S = 3.0  # a rank that has not answered by then is dead or stuck

@@ -4,7 +4,8 @@
                                       -> all ranks write their tensors, then hash them -> the first rank names the whole
 
 What the ranks say to one another meanwhile goes over a process group of its own: on the training's, messages of both
-would meet. Until the last rename the directory has a name that no reader looks at; see :mod:`lasp.parallel.checkpoint`.
+would meet. Until the last rename the directory has a name that no reader looks at; see
+:mod:`lasp.parallel.checkpoints.checkpoint`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from lasp import comm
-from lasp.parallel.checkpoint import (
+from lasp.parallel.checkpoints.checkpoint import (
     FORMAT,
     MANIFEST,
     RANDOM,
@@ -37,9 +38,9 @@ from lasp.parallel.checkpoint import (
     list_checkpoints,
     step_of,
 )
-from lasp.parallel.files import writing
+from lasp.parallel.checkpoints.tensor_files import write_tensors
+from lasp.parallel.file_errors import writing
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.tensor_files import write_tensors
 
 
 class Saver:
@@ -114,7 +115,7 @@ class Saver:
         """Begin the checkpoint ``step-NNNNNNNN``, and then delete older ones.
 
         Args:
-            collect: this rank's tensors by name, as :meth:`lasp.parallel.engine.Engine.save` gives them; it may
+            collect: this rank's tensors by name, as :meth:`lasp.parallel.engines.base.Engine.save` gives them; it may
                 write files into the folder that it is given.
             state: what JSON can hold; ``step`` is added.
             extras: further files by name.

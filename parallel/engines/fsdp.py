@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from lasp.parallel.checkpoint import MODEL, MOMENTS
-from lasp.parallel.engine import ModuleEngine
+from lasp.parallel.checkpoints.checkpoint import MODEL, MOMENTS
+from lasp.parallel.engines.base import ModuleEngine
+from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.optimizer import OptimizerSettings
 
 
 class ShardedEngine(ModuleEngine):
-    """Trains a model of which every rank holds a share; see :class:`lasp.parallel.engine.Engine`.
+    """Trains a model of which every rank holds a share; see :class:`lasp.parallel.engines.base.Engine`.
 
     The modules of ``model.layers``, if there are any, are gathered one by one, the rest as one.
 
@@ -71,7 +71,7 @@ class ShardedEngine(ModuleEngine):
         return {f"{kind}.{name}": x.detach() for kind, shares in kinds.items() for name, x in shares.items()}
 
     def load(self, step_count: int, read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Every rank reads its shares; see :meth:`lasp.parallel.engine.ModuleEngine.load`."""
+        """Every rank reads its shares; see :meth:`lasp.parallel.engines.base.ModuleEngine.load`."""
         read(self.tensors())
         self.step_count = step_count
         for p in self._parameters.values():

@@ -4,9 +4,9 @@ A step: count the labels of all micro batches and ranks; forward and backward of
 over all ranks; clip by the norm of that sum, which is the true global norm; update. Nothing is averaged. A cp rank is
 a data-parallel rank to all this. An engine says how gradients are collected, measured and applied:
 
-    ddp      every rank holds all parameters, gradients and optimizer states     lasp.parallel.ddp
-    fsdp2    every rank holds its share of all three                             lasp.parallel.fsdp
-    zero0-3  DeepSpeed: as ddp; shares of the states; of gradients; of all       lasp.parallel.zero
+    ddp      every rank holds all parameters, gradients and optimizer states     lasp.parallel.engines.ddp
+    fsdp2    every rank holds its share of all three                             lasp.parallel.engines.fsdp
+    zero0-3  DeepSpeed: as ddp; shares of the states; of gradients; of all       lasp.parallel.engines.zero
 
 Megatron has parameters, schedules and optimizers of its own: lasp.parallel.megatron.engine.
 """
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from lasp import comm
 from lasp.layout import SequenceLayout
+from lasp.parallel.engines.offload import SavedTensors
+from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate
-from lasp.parallel.offload import SavedTensors
-from lasp.parallel.optimizer import OptimizerSettings
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Engine(ABC):
             folder: of the checkpoint that is being written, where an engine may leave files of its own.
 
         Returns:
-            tensors by name, for :func:`lasp.parallel.tensor_files.write_tensors`.
+            tensors by name, for :func:`lasp.parallel.checkpoints.tensor_files.write_tensors`.
         """
 
     @abstractmethod
@@ -186,7 +186,7 @@ class ModuleEngine(Engine):
         return self._owners[name]
 
     def offload_activations(self) -> None:
-        """Keep what forward passes save for their backward in host memory; see :mod:`lasp.parallel.offload`."""
+        """Keep what forward passes save for their backward in host memory; see :mod:`lasp.parallel.engines.offload`."""
         SavedTensors(self.model, self.mesh.device, to_host=True)
 
     @abstractmethod

@@ -10,7 +10,7 @@ DeepSpeed is told that the model is plain data, whatever its dtype: its own 16-b
 gradients in 16 bits at some stage. So the master copy, the sums of gradients and the moments are fp32 at every stage.
 At stage 0 DeepSpeed has no master copy, so it is kept here.
 
-It promises little of what is read here: a test of lasp.parallel.zero says which name is gone, if one is.
+It promises little of what is read here: a test of lasp.parallel.engines.zero says which name is gone, if one is.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lasp.parallel.checkpoint import MODEL, MOMENTS
+from lasp.parallel.checkpoints.checkpoint import MODEL, MOMENTS
+from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.optimizer import OptimizerSettings
 
 BUCKET_ELEMENTS = 2**26  # gradients summed at once: 256 MiB in fp32
 PERSISTENT_ELEMENTS = 100_000  # stage 3 leaves parameters up to this size whole

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lasp.models.config import ModelConfig
-from lasp.parallel.gpt_weights import join, to_native
+from lasp.parallel.gpt.weights import join, to_native
 
 
 def join_traces(

@@ -2,7 +2,8 @@
 
     run_dir/checkpoints/step-00000200/
         tensors/          model.NAME, exp_avg.NAME, exp_avg_sq.NAME of every parameter in the master's dtype, and the
-                          random state: safetensors files, one per rank that wrote (lasp.parallel.tensor_files)
+                          random state: safetensors files, one per rank that wrote
+                          (lasp.parallel.checkpoints.tensor_files)
         shards/           in place of all but the random state: a distributed checkpoint of backend=megatron
         state.json        step, data position in global tokens, tokenizer, configurations of model and run, ...
         manifest.json     size and sha256 of each file above, written last
@@ -11,7 +12,7 @@ A save goes to a temporary directory beside its place, is flushed to the disk, a
 any moment leaves the older checkpoints untouched and at most a directory whose name no reader looks at.
 Nothing depends on the number of ranks or the engine. Tensors are safetensors and all else is JSON: reading a checkpoint
 runs no code of its author. Shards are Megatron's format, whose index is a pickle: read those of people you trust.
-The manifest finds damage; it is no signature. Who writes, and when: :mod:`lasp.parallel.saver`.
+The manifest finds damage; it is no signature. Who writes, and when: :mod:`lasp.parallel.checkpoints.saver`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lasp.parallel.files import explained, reading, writing
+from lasp.parallel.checkpoints.tensor_files import TensorInfo, tensor_index
+from lasp.parallel.file_errors import explained, reading, writing
 from lasp.parallel.mesh import Mesh
-from lasp.parallel.tensor_files import TensorInfo, tensor_index
 
 FORMAT, VERSION = "lasp-checkpoint", 2
 MANIFEST, STATE, TENSORS, SHARDS = "manifest.json", "state.json", "tensors", "shards"

@@ -1,0 +1,1 @@
+"""Engines: how parameters, gradients and optimizer states are held, summed and updated."""

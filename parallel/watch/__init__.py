@@ -1,0 +1,1 @@
+"""Who watches the collectives of a job, and explains a hang."""
