@@ -26,8 +26,8 @@ import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
 from lasp import SequenceLayout, comm
-from lasp.launch.host import commit, processor
-from lasp.launch.rendezvous import open_store
+from lasp.launch.doctor.host import commit, processor
+from lasp.launch.run.rendezvous import open_store
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
 from lasp.parallel.engines.build import build_engine

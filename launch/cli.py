@@ -51,8 +51,8 @@ def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool
     Starts the ranks of one machine itself, or with launcher=torchrun this node's of any number; under torchrun it
     joins those it finds. Ctrl-C saves and stops; the same command goes on from there.
     """
-    from lasp.launch.rendezvous import Job
-    from lasp.launch.schema import load_config
+    from lasp.launch.config.schema import load_config
+    from lasp.launch.run.rendezvous import Job
 
     overrides = tuple(_with_aliases(overrides, **sizes))
     run = load_config(config, overrides)
@@ -61,13 +61,13 @@ def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool
             f"{'--slurm' if slurm else '--print'} has no effect with launcher={run.launcher}. Add launcher=torchrun."
         )
     if run.launcher == "ray":
-        from lasp.launch.ray_train import run_ray
+        from lasp.launch.launchers.ray_cluster import run_ray
 
         return run_ray(run)
     job = Job.from_environment()
     num_ranks = run.tp_size * run.pp_size * run.cp_size * (run.dp_size or 1)
     if print_only or slurm:
-        from lasp.launch import torchrun
+        from lasp.launch.launchers import torchrun
 
         if slurm:
             click.echo(torchrun.sbatch_script(run, [config, *overrides]), nl=False)
@@ -75,11 +75,11 @@ def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool
         for node, command in enumerate(torchrun.all_commands(run, [config, *overrides])):
             click.echo(f"# node {node}\n{command}")
     elif job is None and run.launcher == "torchrun":
-        from lasp.launch.torchrun import run_node
+        from lasp.launch.launchers.torchrun import run_node
 
         run_node(run, [config, *overrides])
     elif job is None and num_ranks > 1:
-        from lasp.launch.local import run_local
+        from lasp.launch.launchers.local import run_local
 
         run_local(run, num_ranks)
     else:
@@ -97,9 +97,9 @@ def doctor(config: str | None, overrides: tuple[str, ...], **sizes: int | None) 
 
     Runs the ranks that training would run: start it in the same way. Exit code 0 only when nothing is wrong.
     """
-    from lasp.launch import doctor
-    from lasp.launch.rendezvous import Job
-    from lasp.launch.schema import load_config
+    from lasp.launch.config.schema import load_config
+    from lasp.launch.doctor import examine as doctor
+    from lasp.launch.run.rendezvous import Job
 
     if config is None:
         if given := [f"--{name}" for name, size in sizes.items() if size is not None]:
@@ -109,11 +109,11 @@ def doctor(config: str | None, overrides: tuple[str, ...], **sizes: int | None) 
     run = load_config(config, overrides)
     num_ranks = run.tp_size * run.pp_size * run.cp_size * (run.dp_size or 1)
     if Job.from_environment() is None and run.launcher == "torchrun":
-        from lasp.launch.torchrun import run_node
+        from lasp.launch.launchers.torchrun import run_node
 
         run_node(run, [config, *overrides], work="doctor")
     elif Job.from_environment() is None and num_ranks > 1:
-        from lasp.launch.local import run_local
+        from lasp.launch.launchers.local import run_local
 
         run_local(run, num_ranks, doctor.WORK)
     else:
@@ -131,7 +131,7 @@ def verify(config: str, overrides: tuple[str, ...], cp_size: int | None, **sizes
 
     With backend=megatron the several run Megatron, over tp x pp x cp, and the one runs the native model.
     """
-    from lasp.launch.schema import load_config
+    from lasp.launch.config.schema import load_config
     from lasp.launch.verify import verify as compare
 
     run = load_config(config, _with_aliases(overrides, **sizes))
@@ -156,7 +156,7 @@ def verify(config: str, overrides: tuple[str, ...], cp_size: int | None, **sizes
 @click.option("--all", "every", is_flag=True, help="All candidates.")
 def plan(model: str, seq_len: str | None, gpus: int | None, fabric: str, **options) -> None:
     """Predict how to run a model: mesh, engine, exchange and recomputation, with speed and memory. Starts nothing."""
-    from lasp.launch.plan_report import plan_command
+    from lasp.launch.plan.report import plan_command
 
     plan_command(model, seq_len, gpus, fabric, **options)
 
@@ -173,8 +173,8 @@ def data() -> None:
 @click.option("--glob", "pattern", default="*", show_default=True, help="Which files of a folder to read.")
 def prepare(inputs: tuple[str, ...], output: str, tokenizer: str, pattern: str) -> None:
     """Turn text files, or folders of them, into Megatron token files: one document per file."""
-    from lasp.launch.token_files import check_output, list_files, read_texts, write_token_file
-    from lasp.launch.tokenizer import load_tokenizer
+    from lasp.launch.data.token_files import check_output, list_files, read_texts, write_token_file
+    from lasp.launch.data.tokenizer import load_tokenizer
 
     files = list_files(inputs, pattern)
     check_output(output, [*files, Path(tokenizer)])
@@ -192,7 +192,7 @@ def prepare(inputs: tuple[str, ...], output: str, tokenizer: str, pattern: str) 
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 def generate(checkpoint: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
     """Let a trained model continue a text. CHECKPOINT is a checkpoint or a run directory."""
-    from lasp.launch.generate import load_model, sample_text
+    from lasp.launch.run.generate import load_model, sample_text
 
     model, tokenizer = load_model(checkpoint)
     ids = tokenizer.encode(prompt)
@@ -232,8 +232,8 @@ def convert(source: str, target: str, weights_only: bool, config: str | None) ->
     One of SOURCE and TARGET is a file NAME.safetensors, the other a run directory (or a checkpoint as SOURCE). A file
     without optimizer states becomes a checkpoint of step 0: training begins there.
     """
+    from lasp.launch.config.schema import load_config
     from lasp.launch.convert import SUFFIX, from_file, to_file
-    from lasp.launch.schema import load_config
 
     if source.endswith(SUFFIX) == target.endswith(SUFFIX):
         raise ValueError(f"one of SOURCE = {source} and TARGET = {target} must end with {SUFFIX}. Name one such file.")
@@ -269,7 +269,7 @@ def main() -> None:
 def _fail(error: Exception, debug: bool) -> None:
     """One message for what a user can mend; a traceback for what is our fault."""
     from lasp.comm import CommError
-    from lasp.launch.local import Interrupted, RankFailure
+    from lasp.launch.launchers.local import Interrupted, RankFailure
     from lasp.parallel.file_errors import explained
 
     _leave_for_agent(error)

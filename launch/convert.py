@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lasp.launch.schema import RunConfig
-from lasp.launch.tokenizer import load_tokenizer
+from lasp.launch.config.schema import RunConfig
+from lasp.launch.data.tokenizer import load_tokenizer
 from lasp.launch.train import checkpoint_extras, checkpoint_state
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama

@@ -1,7 +1,7 @@
 """One training run, top to bottom: ``train(config)`` on every rank, whoever started it.
 
-lasp train configs/quickstart.yaml                                              starts ranks (lasp.launch.local)
-torchrun --nproc-per-node 4 -m lasp.launch.cli train configs/quickstart.yaml    joins those that it finds
+    lasp train configs/quickstart.yaml                                              starts ranks of its own
+    torchrun --nproc-per-node 4 -m lasp.launch.cli train configs/quickstart.yaml    joins those that it finds
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from lasp import comm
-from lasp.launch import run_dir
-from lasp.launch.backends import backend_mesh, make_engine
-from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
-from lasp.launch.exchanges import exchange_rows
-from lasp.launch.generate import load_model, sample_text
-from lasp.launch.preflight import check_ranks
-from lasp.launch.rendezvous import Job, choose_device, group_timeout, process_group
-from lasp.launch.report import METRICS, PLOT, Report, peak_memory_bytes
-from lasp.launch.schema import RunConfig
-from lasp.launch.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from lasp.launch.config.schema import RunConfig
+from lasp.launch.data.stream import DataPlan, PackedStream, open_source, split_documents
+from lasp.launch.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from lasp.launch.run import run_dir
+from lasp.launch.run.backends import backend_mesh, make_engine
+from lasp.launch.run.exchange_summary import exchange_rows
+from lasp.launch.run.generate import load_model, sample_text
+from lasp.launch.run.preflight import check_ranks
+from lasp.launch.run.rendezvous import Job, choose_device, group_timeout, process_group
+from lasp.launch.run.report import METRICS, PLOT, Report, peak_memory_bytes
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 from lasp.parallel.checkpoints.saver import Saver
 from lasp.parallel.checkpoints.tensor_files import read_tensors

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lasp.launch.backends import backend_mesh
-from lasp.launch.data import DataPlan, PackedStream, open_source, split_documents
-from lasp.launch.rendezvous import Job, choose_device, process_group
-from lasp.launch.schema import MegatronConfig, RunConfig, checked
-from lasp.launch.tokenizer import load_tokenizer
+from lasp.launch.config.schema import MegatronConfig, RunConfig, checked
+from lasp.launch.data.stream import DataPlan, PackedStream, open_source, split_documents
+from lasp.launch.data.tokenizer import load_tokenizer
+from lasp.launch.run.backends import backend_mesh
+from lasp.launch.run.rendezvous import Job, choose_device, process_group
 from lasp.layout import SequenceLayout
 from lasp.models.linear_llama import LinearLlama
 from lasp.parallel.gpt.traces import join_traces
@@ -139,7 +139,7 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
         ValueError: the configuration does not fit; one rank; a wire that rounds.
         RankFailure: a rank failed.
     """
-    from lasp.launch.local import run_local
+    from lasp.launch.launchers.local import run_local
 
     num_ranks = cp_size * config.tp_size * config.pp_size
     if num_ranks < 2:

@@ -10,7 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "lasp", "parallel", "launch")  # each may import those to its left
 MEGATRON = ROOT / "parallel" / "megatron"  # subclasses its modules, so each file imports it
-GUESTS = {"deepspeed": None, "ray": "launch/ray_train.py", "fla": None, "tokenizers": "launch/tokenizer.py"}
+GUESTS = {
+    "deepspeed": None,
+    "ray": "launch/launchers/ray_cluster.py",
+    "fla": None,
+    "tokenizers": "launch/data/tokenizer.py",
+}
 
 
 def modules(room):

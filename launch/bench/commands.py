@@ -245,8 +245,8 @@ def model(config: str, overrides: tuple[str, ...], cp: int | None, dp: int | Non
     from lasp.launch.bench import steps
     from lasp.launch.bench.ranks import joined_ranks
     from lasp.launch.bench.results import facts, table, write_report
-    from lasp.launch.rendezvous import Job
-    from lasp.launch.schema import load_config
+    from lasp.launch.config.schema import load_config
+    from lasp.launch.run.rendezvous import Job
 
     sizes = [f"{key}={value}" for key, value in (("cp_size", cp), ("dp_size", dp)) if value is not None]
     run = load_config(config, [*overrides, *sizes])
@@ -310,8 +310,8 @@ def scaling(
     from lasp.launch.bench import scaling as driver
     from lasp.launch.bench.ranks import MAX_PROCESSES
     from lasp.launch.bench.results import facts, write_report
-    from lasp.launch.rendezvous import Job
-    from lasp.launch.schema import load_config
+    from lasp.launch.config.schema import load_config
+    from lasp.launch.run.rendezvous import Job
 
     if Job.from_environment() is not None:
         raise ValueError(

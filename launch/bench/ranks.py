@@ -14,9 +14,9 @@ driver and asks itself.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
+import pkgutil
 import selectors
 import signal
 import socket
@@ -34,9 +34,9 @@ import torch
 from lasp.comm import CommError
 from lasp.launch.bench.signals import ending_on_signals
 from lasp.launch.bench.virtual_cluster import VirtualCluster
-from lasp.launch.local import RankFailure, rank_environment
-from lasp.launch.processes import ending_with_parent
-from lasp.launch.rendezvous import Job, choose_device, open_store, process_group
+from lasp.launch.launchers.local import RankFailure, rank_environment
+from lasp.launch.launchers.process_tree import ending_with_parent
+from lasp.launch.run.rendezvous import Job, choose_device, open_store, process_group
 from lasp.parallel.file_errors import explained
 from lasp.parallel.mesh import Mesh
 
@@ -290,8 +290,7 @@ def _check_count(size: int) -> None:
 
 
 def _call(work: str, mesh: Mesh, arguments: dict[str, Any]) -> Any:
-    module, _, function = work.partition(":")
-    return getattr(importlib.import_module(module), function)(mesh, **arguments)
+    return pkgutil.resolve_name(work)(mesh, **arguments)
 
 
 def _serve() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lasp.launch import host
 from lasp.launch.bench.ranks import Ranks
-from lasp.launch.preflight import source_digest
+from lasp.launch.doctor import host
+from lasp.launch.run.preflight import source_digest
 from lasp.parallel.file_errors import replace_text, writing
 
 FOLDER = Path("benchmarks/results/bench")

@@ -13,7 +13,7 @@ from typing import Any
 
 from lasp.launch.bench.results import table
 from lasp.launch.bench.steps import measure_here
-from lasp.launch.schema import RunConfig, checked
+from lasp.launch.config.schema import RunConfig, checked
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from lasp.launch.local import Interrupted
+from lasp.launch.launchers.local import Interrupted
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from lasp.launch.backends import make_engine
 from lasp.launch.bench.ranks import Ranks, local_ranks
-from lasp.launch.report import peak_memory_bytes
-from lasp.launch.schema import RunConfig
+from lasp.launch.config.schema import RunConfig
+from lasp.launch.run.backends import make_engine
+from lasp.launch.run.report import peak_memory_bytes
 from lasp.layout import SequenceLayout
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch

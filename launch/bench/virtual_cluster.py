@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 from lasp.launch.bench.signals import ending_on_signals
-from lasp.launch.processes import send
+from lasp.launch.launchers.process_tree import send
 
 PORT = 29400  # of rank 0's store: no other program shares the namespace
 MAX_HOSTS = 64

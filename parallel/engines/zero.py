@@ -106,7 +106,7 @@ class ZeroEngine(ModuleEngine):
         return kept
 
     def load(self, step_count: int, read: Callable[[dict[str, Tensor]], None]) -> None:
-        """Every rank reads what it would write, and sends it; see :meth:`lasp.parallel.engines.base.ModuleEngine.load`."""
+        """Every rank reads what it would write, and sends it; see :meth:`ModuleEngine.load`."""
         mine = [name for name in self._parameters if self.owner_of(name) == self.mesh.rank]
         owned = {f"{kind}.{name}": torch.empty(self.shapes[name], dtype=self.wide) for kind in _KINDS for name in mine}
         read(owned)

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from lasp.launch.schema import load_config
-from lasp.launch.token_files import write_token_file
-from lasp.launch.tokenizer import ByteTokenizer
+from lasp.launch.config.schema import load_config
+from lasp.launch.data.token_files import write_token_file
+from lasp.launch.data.tokenizer import ByteTokenizer
 
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n" * (1 + n % 5) for n in range(40)]
 

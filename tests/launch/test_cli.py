@@ -9,10 +9,10 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from lasp.launch import local
 from lasp.launch.cli import cli, main
-from lasp.launch.report import read_metrics
-from lasp.launch.token_files import TokenFile
+from lasp.launch.data.token_files import TokenFile
+from lasp.launch.launchers import local
+from lasp.launch.run.report import read_metrics
 from lasp.launch.train import train
 from tests.launch.helpers import tiny_config, tiny_yaml
 

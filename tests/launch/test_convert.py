@@ -4,12 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lasp.launch.config.schema import load_config
 from lasp.launch.convert import from_file, to_file
-from lasp.launch.generate import load_model
-from lasp.launch.report import read_metrics
-from lasp.launch.schema import load_config
-from lasp.launch.token_files import write_token_file
-from lasp.launch.tokenizer import load_tokenizer
+from lasp.launch.data.token_files import write_token_file
+from lasp.launch.data.tokenizer import load_tokenizer
+from lasp.launch.run.generate import load_model
+from lasp.launch.run.report import read_metrics
 from lasp.launch.train import train
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 from lasp.parallel.checkpoints.tensor_files import read_whole

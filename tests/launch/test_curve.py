@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from lasp.launch.report import read_metrics
-from lasp.launch.schema import load_config
+from lasp.launch.config.schema import load_config
+from lasp.launch.run.report import read_metrics
 from lasp.launch.train import train
 from tests.launch.helpers import tiny_yaml
 from tests.launch.test_train import _train_on_ranks

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from lasp.launch.data import DataPlan, PackedStream, Sequence, open_source, split_documents
-from lasp.launch.token_files import TokenFile, list_files, read_texts, stdlib_files, write_token_file
-from lasp.launch.tokenizer import ByteTokenizer, load_tokenizer
+from lasp.launch.data.stream import DataPlan, PackedStream, Sequence, open_source, split_documents
+from lasp.launch.data.token_files import TokenFile, list_files, read_texts, stdlib_files, write_token_file
+from lasp.launch.data.tokenizer import ByteTokenizer, load_tokenizer
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import TEXTS, tokenizer_file
 

@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 
-from lasp.launch.backends import make_engine
-from lasp.launch.schema import load_config
+from lasp.launch.config.schema import load_config
+from lasp.launch.run.backends import make_engine
 from lasp.launch.train import train
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import tiny_yaml

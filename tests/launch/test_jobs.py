@@ -16,11 +16,11 @@ import torch
 from torch.distributed import TCPStore
 
 from lasp.comm import CommError
-from lasp.launch import run_dir
 from lasp.launch.cli import main
-from lasp.launch.rendezvous import Job, open_store, process_group
-from lasp.launch.report import read_metrics
-from lasp.launch.schema import load_config
+from lasp.launch.config.schema import load_config
+from lasp.launch.run import run_dir
+from lasp.launch.run.rendezvous import Job, open_store, process_group
+from lasp.launch.run.report import read_metrics
 from lasp.launch.train import train
 from lasp.parallel.checkpoints.saver import Saver
 from lasp.parallel.mesh import Mesh
@@ -29,7 +29,7 @@ from tests.launch.helpers import tiny_yaml
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lasp.launch import run_dir
+from lasp.launch.run import run_dir
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.checkpoints.saver import Saver
 with run_dir.locked(Path(sys.argv[1]), Mesh.build()):
@@ -143,7 +143,7 @@ def test_ranks_that_do_not_come_are_named(free_port, rank, message):
 CLIENT = """
 import sys
 from datetime import timedelta
-from lasp.launch import rendezvous
+from lasp.launch.run import rendezvous
 rendezvous._FOREIGN_S = 0.5
 try:
     rendezvous.Job(rank=1, world_size=2, port=int(sys.argv[1])).store(timedelta(seconds=5))
@@ -246,5 +246,7 @@ def test_a_rank_that_finds_its_launcher_gone_ends():
     gone.wait(30)
     job = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     environment = {**os.environ, **job, "LASP_PARENT": str(gone.pid)}
-    rank = subprocess.run([sys.executable, "-m", "lasp.launch.local"], env=environment, timeout=60, check=False)
+    rank = subprocess.run(
+        [sys.executable, "-m", "lasp.launch.launchers.local"], env=environment, timeout=60, check=False
+    )
     assert rank.returncode == 1 and not store.check(["lasp/error/0"])  # it waited for no task

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lasp.launch.activations import Load, saved_by_block
-from lasp.launch.memory import Setup, predict_memory, total
+from lasp.launch.plan.activations import Load, saved_by_block
+from lasp.launch.plan.memory import Setup, predict_memory, total
 from lasp.layout import SequenceLayout
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama

@@ -9,13 +9,13 @@ from click.testing import CliRunner
 
 from lasp import cost
 from lasp.cost.fabric import Fabric
-from lasp.launch import plan
-from lasp.launch.activations import Load
 from lasp.launch.cli import cli
-from lasp.launch.plan import make_plan, nothing_fits
-from lasp.launch.plan_job import Job, device_of, parse_bytes, parse_size
-from lasp.launch.roofline import EFFICIENCY, predict_work
-from lasp.launch.schema import checked
+from lasp.launch.config.schema import checked
+from lasp.launch.plan import search as plan
+from lasp.launch.plan.activations import Load
+from lasp.launch.plan.question import Job, device_of, parse_bytes, parse_size
+from lasp.launch.plan.roofline import EFFICIENCY, predict_work
+from lasp.launch.plan.search import make_plan, nothing_fits
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import num_parameters
 

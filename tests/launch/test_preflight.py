@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lasp.cost.fabric import Fabric, Link
-from lasp.launch import preflight
-from lasp.launch.preflight import check_model, check_ranks, checksum, difference
-from lasp.launch.schema import load_config
+from lasp.launch.config.schema import load_config
+from lasp.launch.run import preflight
+from lasp.launch.run.preflight import check_model, check_ranks, checksum, difference
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import tiny_yaml
 from tests.launch.test_cli import COMMAND

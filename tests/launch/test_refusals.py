@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lasp.launch.cli import main
-from lasp.launch.schema import load_config
-from lasp.launch.token_files import TokenFile, write_token_file
-from lasp.launch.tokenizer import ByteTokenizer
+from lasp.launch.config.schema import load_config
+from lasp.launch.data.token_files import TokenFile, write_token_file
+from lasp.launch.data.tokenizer import ByteTokenizer
 from lasp.launch.train import train
 from lasp.models.generation import _sample
 from tests.launch.helpers import TEXTS, tiny_yaml, tokenizer_file

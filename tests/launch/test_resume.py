@@ -5,8 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from lasp.launch.data import DataPlan
-from lasp.launch.schema import load_config
+from lasp.launch.config.schema import load_config
+from lasp.launch.data.stream import DataPlan
 from lasp.launch.train import train
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 from tests.harness import RankPool

@@ -3,12 +3,12 @@ import shutil
 
 import pytest
 
-from lasp.launch.data import open_source
-from lasp.launch.generate import load_model, sample_text
-from lasp.launch.report import read_metrics
-from lasp.launch.schema import load_config
-from lasp.launch.token_files import write_token_file
-from lasp.launch.tokenizer import BYTES, ByteTokenizer, fingerprint, load_tokenizer
+from lasp.launch.config.schema import load_config
+from lasp.launch.data.stream import open_source
+from lasp.launch.data.token_files import write_token_file
+from lasp.launch.data.tokenizer import BYTES, ByteTokenizer, fingerprint, load_tokenizer
+from lasp.launch.run.generate import load_model, sample_text
+from lasp.launch.run.report import read_metrics
 from lasp.launch.train import train
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 from tests.launch.helpers import TEXTS, tiny_config, tiny_yaml, tokenizer_file
@@ -118,7 +118,7 @@ def test_a_run_with_a_tokenizer_file_is_resumed_and_generates_from_another_direc
 def test_the_cached_library_is_named_after_its_tokenizer(tmp_path, monkeypatch):
     source = tmp_path / "a.py"
     source.write_text("x = 1\n")
-    monkeypatch.setattr("lasp.launch.data.stdlib_files", lambda: [source])
+    monkeypatch.setattr("lasp.launch.data.stream.stdlib_files", lambda: [source])
     digest = fingerprint(OtherTokenizer())[:12]
     assert open_source("stdlib", tmp_path, OtherTokenizer()).prefix.name == f"stdlib-other-{digest}"
     assert open_source("stdlib", tmp_path, ByteTokenizer()).prefix.name == "stdlib-bytes"

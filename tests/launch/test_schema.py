@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from lasp.launch.schema import RunConfig, load_config
+from lasp.launch.config.schema import RunConfig, load_config
 from tests.launch.helpers import tiny_yaml
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from lasp.launch import soak, torchrun
 from lasp.launch.cli import main
-from lasp.launch.local import Interrupted, RankFailure
-from lasp.launch.rendezvous import Job
-from lasp.launch.report import read_metrics
-from lasp.launch.schema import load_config
+from lasp.launch.config.schema import load_config
+from lasp.launch.launchers import torchrun
+from lasp.launch.launchers.local import Interrupted, RankFailure
+from lasp.launch.run.rendezvous import Job
+from lasp.launch.run.report import read_metrics
+from lasp.launch.soak import __main__ as soak
 from tests.launch.helpers import tiny_yaml
 from tests.launch.test_cli import COMMAND, _run_main
 
@@ -45,7 +46,7 @@ if [ "$1 $2" = "show hostnames" ]; then echo localhost; echo other; else echo "s
 SCANCEL = """#!{python}
 import os, signal, sys
 sys.path.insert(0, "{root}")
-from lasp.launch.processes import children
+from lasp.launch.launchers.process_tree import children
 assert sys.argv[1] == "--signal=TERM", sys.argv
 def tree(pid):
     return [pid, *(inner for child in children(pid) for inner in tree(child))]

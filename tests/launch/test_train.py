@@ -9,9 +9,9 @@ import signal
 import pytest
 import torch
 
-from lasp.launch.generate import load_model, sample_text
-from lasp.launch.report import read_metrics
-from lasp.launch.schema import load_config
+from lasp.launch.config.schema import load_config
+from lasp.launch.run.generate import load_model, sample_text
+from lasp.launch.run.report import read_metrics
 from lasp.launch.train import _train, train
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 from lasp.parallel.mesh import Mesh
@@ -171,7 +171,7 @@ def test_a_nan_stops_all_ranks_and_keeps_the_last_good_checkpoint(ranks, tmp_pat
 def _signalled_train(group, path, overrides):
     from unittest import mock
 
-    from lasp.launch.report import Report
+    from lasp.launch.run.report import Report
 
     original = Report.step
 

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from lasp.launch.processes import children, kill_tree
-from lasp.launch.report import read_metrics
-from lasp.launch.schema import load_config
-from lasp.launch.torchrun import has_saved
+from lasp.launch.config.schema import load_config
+from lasp.launch.launchers.process_tree import children, kill_tree
+from lasp.launch.launchers.torchrun import has_saved
+from lasp.launch.run.report import read_metrics
 from lasp.launch.train import train
 from tests.launch.helpers import tiny_yaml
 from tests.launch.test_cli import COMMAND

@@ -11,9 +11,9 @@ from lasp import CPContext
 from lasp.exchange import EXCHANGES
 from lasp.exchange.gather import AllGather
 from lasp.launch import verify as verifying
-from lasp.launch.schema import load_config
-from lasp.launch.token_files import list_files, read_texts, write_token_file
-from lasp.launch.tokenizer import ByteTokenizer
+from lasp.launch.config.schema import load_config
+from lasp.launch.data.token_files import list_files, read_texts, write_token_file
+from lasp.launch.data.tokenizer import ByteTokenizer
 from lasp.layout import SequenceLayout
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import TEXTS, tiny_config

@@ -309,7 +309,7 @@ def test_a_step_that_is_refused_leaves_nothing_behind(ranks, name):
 
 
 def _what_deepspeed_has(group):
-    """Names that lasp.parallel.engines.zero_stages reads and DeepSpeed no longer has; groups and operators of its own."""
+    """Names that zero_stages reads and DeepSpeed no longer has; groups and operators of its own."""
     import deepspeed
 
     both = ("averaged_gradients",)

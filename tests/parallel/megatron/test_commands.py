@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lasp.launch.report import read_metrics
-from lasp.launch.schema import load_config
+from lasp.launch.config.schema import load_config
+from lasp.launch.run.report import read_metrics
 from lasp.launch.train import check_same_backend, train
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 

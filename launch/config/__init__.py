@@ -1,0 +1,1 @@
+"""The typed schema of a run, and the YAML that it is written in."""

@@ -1,0 +1,1 @@
+"""Tokens: tokenizers, prepared files, and the stream of packed sequences."""

@@ -1,0 +1,1 @@
+"""Whether a machine, or a job, is fit to train."""

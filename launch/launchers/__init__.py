@@ -1,0 +1,1 @@
+"""Who starts the ranks of a run: this process, torchrun, or Ray."""

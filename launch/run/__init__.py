@@ -1,0 +1,1 @@
+"""What one run does on its ranks: meeting, checks, backends, folders, reports."""
