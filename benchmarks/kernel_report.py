@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from kernel_baselines import GATES, SOFTMAX, describe, implementations
 
-from lasp.kernels import triton_tiles
+from lasp.kernels.triton_linear import tiles as triton_tiles
 
 ROOT = Path(__file__).parent.parent
 SAME = ("device", "driver", "cuda", "torch", "triton", "fla", "source", "dtype", "dry")  # of reports that may be joined

@@ -66,7 +66,7 @@ def pass_times(inputs: list[Inputs], watch: Stopwatch, least: int) -> dict[str, 
     ``gates`` and ``dgates`` prepare decays; ``state`` and ``dstate`` sum superchunks, ``scan`` and ``dscan`` run over
     them; then ``o``, ``dq``, ``dkdv`` (dk and dv share a launch) and ``dg``.
     """
-    from lasp.kernels import lightning
+    from lasp.kernels.triton_linear import operator as lightning
 
     marks = []
 

@@ -1,9 +1,10 @@
 """Compile the Triton kernels without a GPU: ``python -m lasp.kernels.aot --arch 80,90,100 [--all] [--json FILE]``.
 
-Runs the launches of :mod:`lasp.kernels.lightning` on tensors without storage, compiles each distinct one for bf16 and
-prints registers, spilled bytes per thread, shared memory and which tensor-core instructions are used. Exits non-zero
-when a kernel does not compile, needs more shared memory than the architecture has, or on sm_90 spills more than its
-budget. By default: on sm_90 every tile for D = 128, elsewhere one tile of each kernel; ``--all``: every tile.
+Runs the launches of :mod:`lasp.kernels.triton_linear.operator` on tensors without storage, compiles each distinct one
+for bf16 and prints registers, spilled bytes per thread, shared memory and which tensor-core instructions are used.
+Exits non-zero when a kernel does not compile, needs more shared memory than the architecture has, or on sm_90 spills
+more than its budget. By default: on sm_90 every tile for D = 128, elsewhere one tile of each kernel; ``--all``: every
+tile.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.segments import SegmentTable
-from lasp.kernels.triton_tiles import ARCHITECTURES, DIMS
+from lasp.kernels.triton_linear.tiles import ARCHITECTURES, DIMS
 
 SHARED_BYTES = {80: 101376, 90: 232448, 100: 232448}  # sm_80: of sm_86, sm_89 and sm_120, which use its tiles
 SPILL_BYTES = {"local_states": 0, "o": 0, "dq": 0}  # on sm_90; elsewhere:
@@ -74,7 +75,7 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
 
     With entry states and exit gradients, and for the first length also without them.
     """
-    from lasp.kernels import lightning
+    from lasp.kernels.triton_linear import operator as lightning
 
     found: dict[Launch, None] = {}
 

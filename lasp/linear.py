@@ -2,7 +2,7 @@
 
 One forward: the operator's state maps -> exchange starts -> local work -> entry states -> outputs. One backward, its
 mirror: entry-state gradients -> exchange -> local work -> exit-state gradients -> input gradients. Each direction has
-one exchange. The operator is :mod:`lasp.kernels.chunked`, the exchange :mod:`lasp.exchange`, the algebra
+one exchange. The operator is :mod:`lasp.kernels.torch_linear.operator`, the exchange :mod:`lasp.exchange`, the algebra
 :mod:`lasp.kernels.state`.
 """
 
@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ from lasp.checks import check_not_empty, check_scale, check_tensors
 from lasp.context.chains import ChainPlan
 from lasp.cp_context import CPContext
 from lasp.exchange import new_exchange
-from lasp.kernels import chunked
-from lasp.kernels.chunked import num_heads
+from lasp.kernels.operator import num_heads
 from lasp.kernels.reference import recurrence
 from lasp.kernels.state import StateMap, in_ieee, state_dtype, transition
+from lasp.kernels.torch_linear import operator as torch_operator
 
 IMPLS = ("auto", "torch", "triton", "reference")
 
@@ -77,7 +78,7 @@ def linear_attention(
         borders = cp.layout.cu_seqlens_global
         o, final = recurrence(*wide[:4], cu_seqlens=borders, causal=causal, scale=scale, initial_state=wide[4])
         return o.to(v.dtype), final if output_final_state else None
-    operator = _triton_operator() if impl == "triton" else chunked
+    operator = operator_of(impl)
     return _LinearAttention.apply(q, k, v, g, initial_state, cp, causal, scale, output_final_state, operator)
 
 
@@ -86,14 +87,21 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
-def _triton_operator():
-    """The module of the Triton kernels; triton is imported where it is used."""
+def operator_of(impl: str) -> ModuleType:
+    """The stages of an operator, ``torch`` or ``triton``, as the Forward and Backward of a module.
+
+    Triton is imported where it is used.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if impl == "torch":
+        return torch_operator
     if not _has_triton():
         raise ValueError("impl='triton' needs the package triton, which is not installed: pip install 'lasp[triton]'.")
-    from lasp.kernels import lightning
+    from lasp.kernels.triton_linear import operator as triton_operator
 
-    return lightning
+    return triton_operator
 
 
 class _LinearAttention(torch.autograd.Function):
@@ -235,7 +243,7 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, key_dim: int, valu
         return "the package triton is not installed"
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has no compute capability 8.0"
-    why = _triton_operator().unserved(dtype, key_dim, value_dim)
+    why = operator_of("triton").unserved(dtype, key_dim, value_dim)
     return f"the kernels take {why}" if why else ""
 
 
@@ -302,7 +310,7 @@ def _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_stat
 def _check_triton(q: Tensor, v: Tensor) -> None:
     if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"impl='triton' needs tensors on a CUDA device, got q on {q.device}. Use impl='torch' there.")
-    _triton_operator().check(q, v)
+    operator_of("triton").check(q, v)
 
 
 def _check_gate(g: Tensor, q: Tensor, causal: bool, impl: str) -> None:

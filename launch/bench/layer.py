@@ -11,7 +11,6 @@ All ranks run at once in all of these, so that they share the machine alike.
 
 from __future__ import annotations
 
-import importlib
 import random
 import statistics
 import time
@@ -23,12 +22,12 @@ import torch
 
 from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.cost.fabric import Fabric
-from lasp.kernels import chunked
 from lasp.launch.bench.baselines import METHODS, Method
 from lasp.launch.bench.exchange_cell import context_over
 from lasp.launch.bench.options import readable
 from lasp.launch.bench.ranks import Ranks
 from lasp.launch.bench.results import table
+from lasp.linear import operator_of
 from lasp.parallel.mesh import Mesh
 
 SILENT, ALONE = "the stages without messages", "one rank alone"
@@ -168,7 +167,7 @@ class _Layer:
 
 def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, cp: CPContext) -> None:
     """Forward and backward of the operator, its stages one after the other."""
-    operator = importlib.import_module("lasp.kernels.lightning") if q.is_cuda else chunked  # triton: on a GPU alone
+    operator = operator_of("triton" if q.is_cuda else "torch")
     table, scale = cp.segment_table(q.device), q.shape[-1] ** -0.5
     later, earlier = cp.cp_rank > 0, cp.cp_rank < cp.cp_size - 1  # something comes from ranks before, and from behind
     forward = operator.Forward(q, k, v, None, table, True, scale)

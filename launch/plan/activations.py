@@ -17,7 +17,12 @@ from lasp.models.config import ModelConfig
 from lasp.models.features import feature_width
 from lasp.softmax.gather import HEAD_GROUPS
 
-_CHUNK, _TILE_ELEMENTS, _LEAST_CHUNKS, _MOST_CHUNKS = 64, 1 << 18, 4, 64  # of lasp.kernels.chunked on a CPU
+_CHUNK, _TILE_ELEMENTS, _LEAST_CHUNKS, _MOST_CHUNKS = (
+    64,
+    1 << 18,
+    4,
+    64,
+)  # of lasp.kernels.torch_linear.operator on a CPU
 
 
 class Term(NamedTuple):
@@ -193,7 +198,7 @@ def _states(config: ModelConfig, s: LinearSizes, load: Load) -> Term:
     """States from which the backward goes on: one per superchunk (Triton) or tile (PyTorch), and per segment."""
     per_row = load.tokens // load.rows
     if load.device == "cuda":
-        from lasp.kernels.triton_tiles import superchunk
+        from lasp.kernels.triton_linear.tiles import superchunk
 
         decay = ("none", "fixed", "scalar", "channel").index(config.mixer.decay)
         length = superchunk(decay, load.tokens * s.heads)

@@ -8,11 +8,12 @@ from unittest import mock
 
 import torch
 
-from lasp.kernels import chunked, triton_tiles
 from lasp.kernels.reference import recurrence
 from lasp.kernels.segments import SegmentTable
 from lasp.kernels.state import StateMap, transition
-from lasp.kernels.triton_tiles import KERNELS, Plan, Tile
+from lasp.kernels.torch_linear import operator as chunked
+from lasp.kernels.triton_linear import tiles as triton_tiles
+from lasp.kernels.triton_linear.tiles import KERNELS, Plan, Tile
 from tests.kernels.bf16_interpreter import bf16_rounds_as_on_a_gpu
 
 
@@ -84,7 +85,7 @@ def actual(
     case: Case, operator=None, dtype: torch.dtype = torch.float32, device: str = "cpu", shipped: bool = False
 ) -> dict[str, torch.Tensor]:
     """The same by the stages of ``operator``: a module with Forward and Backward; ``shipped``: with its own tiles."""
-    from lasp.kernels import lightning
+    from lasp.kernels.triton_linear import operator as lightning
 
     operator = lightning if operator is None else operator
     states = dtype if dtype == torch.float64 else torch.float32
@@ -141,7 +142,7 @@ def compare_with_torch(_group, cases: list[Case]) -> list[tuple[dict[str, float]
 
 def refusal(_group, dtype: torch.dtype, dim: int, scale: float) -> str:
     """The message of the ValueError that these inputs cause."""
-    from lasp.kernels import lightning
+    from lasp.kernels.triton_linear import operator as lightning
 
     x = torch.zeros(1, 4, 1, dim, dtype=dtype)
     try:
@@ -153,7 +154,7 @@ def refusal(_group, dtype: torch.dtype, dim: int, scale: float) -> str:
 
 def saved_shapes(_group, gate: str, superchunk: int) -> list[tuple[int, ...]]:
     """Shapes that the forward keeps beside its inputs for 70 tokens, 2 heads, K = 16, V = 24."""
-    from lasp.kernels import lightning
+    from lasp.kernels.triton_linear import operator as lightning
 
     x = Case(gate, borders=(0, 70)).inputs()
     q, k, v, g = (None if x[n] is None else x[n].float() for n in "qkvg")
@@ -208,7 +209,7 @@ def large_values(_group, gate: str, decay: float, sizes: tuple[float, float, flo
 
 def illegal_gates(_group, gate: str, value: float) -> tuple[int, int, bool]:
     """How many growing gates the kernels count: in all, and in the third superchunk of head 1; is o finite."""
-    from lasp.kernels import lightning
+    from lasp.kernels.triton_linear import operator as lightning
 
     x = Case(gate, borders=(0, 700)).inputs()
     q, k, v, g = (x[n].float() for n in "qkvg")

@@ -7,8 +7,8 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from lasp.kernels import triton_tiles
-from lasp.kernels.triton_tiles import DECAYS, DIMS, KERNELS, Entry, Tile, TileTable, entry, fit, plan, tile_table
+from lasp.kernels.triton_linear import tiles as triton_tiles
+from lasp.kernels.triton_linear.tiles import DECAYS, DIMS, KERNELS, Entry, Tile, TileTable, entry, fit, plan, tile_table
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 ASKED = Entry(90, 64, "token", False, False)
@@ -21,7 +21,8 @@ def tune_with_fake_times(_group, path, asked, fastest):
 
     from triton.errors import TritonError
 
-    from lasp.kernels import autotune
+    from lasp.kernels.triton_linear import tuning
+    from lasp.kernels.triton_linear.operator import Backward, Forward
 
     tried = []
 
@@ -34,10 +35,10 @@ def tune_with_fake_times(_group, path, asked, fastest):
             raise TritonError("too much shared memory")
         return 1.0 if tile == fastest else 2.0
 
-    order = list(autotune.candidates(asked)) * len(autotune.PASSES)
+    order = list(tuning.candidates(asked)) * len(tuning.PASSES)
     with mock.patch.dict(os.environ, LASP_TILES=path, LASP_AUTOTUNE="1"):
         cpu = torch.device("cpu")
-        tiles = autotune.tune(asked, cpu, measure, heads=1, length=40, dtype=torch.float32)
+        tiles = tuning.tune(asked, cpu, (Forward, Backward), measure, heads=1, length=40, dtype=torch.float32)
         tile_table().store(asked, tiles)
         return tiles, len(tried), tile_table().tiles(asked)
 

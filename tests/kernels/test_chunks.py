@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasp.kernels import diagonal
 from lasp.kernels.segments import SegmentTable
+from lasp.kernels.torch_linear import diagonal
 
 
 @settings(max_examples=40, deadline=None)

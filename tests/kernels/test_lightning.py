@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lasp.kernels import triton_tiles
+from lasp.kernels.triton_linear import tiles as triton_tiles
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 

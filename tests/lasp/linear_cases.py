@@ -8,8 +8,8 @@ from unittest import mock
 import torch
 
 from lasp import CPContext, SequenceLayout, linear_attention
-from lasp.kernels import chunked
 from lasp.kernels.reference import recurrence
+from lasp.kernels.torch_linear import operator as chunked
 
 PACKED = (0, 13, 13, 14, 40, 61)  # an empty document, a one-token document, cuts that no chunk or rank respects
 GATES = ("none", "fixed", "token", "channel")

@@ -24,10 +24,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lasp.kernels import diagonal
-from lasp.kernels.gates import Gates, add_product, decay
+from lasp.kernels.operator import num_heads
 from lasp.kernels.segments import SegmentTable, Tile
 from lasp.kernels.state import StateMap, in_ieee, state_dtype, suffix_sum
+from lasp.kernels.torch_linear import diagonal
+from lasp.kernels.torch_linear.gates import Gates, add_product, decay
 
 # Elements of one [n, B, H, C, D] temporary: a few of them should fit a CPU's cache, a GPU wants large launches.
 _TILE_ELEMENTS = {"cpu": 1 << 18}
@@ -388,11 +389,6 @@ class Backward(_Chunked):
         if self.g.dim() == 1:
             return self.dg.sum((0, 1, 3)).to(self.g.dtype)
         return (self.dg if self.g.dim() == 4 else self.dg.squeeze(-1)).to(self.g.dtype)
-
-
-def num_heads(*tensors: Tensor | None) -> int:
-    """H: the largest head count among q, k, v, g, beta."""
-    return max(x.shape[0] if x.dim() == 1 else x.shape[2] for x in tensors if x is not None)
 
 
 def _added(a: Tensor, b: Tensor, where: slice) -> Tensor:

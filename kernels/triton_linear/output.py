@@ -10,10 +10,10 @@ A program walks through the chunks of a superchunk with a state S in registers:
     dv    k   q   do   dS / scale   [K, V]  REV       >= i    end_i     begin_j
     dk    v   do  q    dS^T / scale [V, K]  REV       >= i    end_i     begin_j
 
-with D, begin and end as in :mod:`lasp.kernels.triton_gates`; SWAP marks the transposed states. Where key channels
-decay on their own, the decays go with q and k: with x and y, or with SWAP with z and out. Both terms of ``out`` carry a
-factor of their own, so that the two products are not chained, which would cost a change of layout per chunk. Without
-CAUSAL only the state's term is left.
+with D, begin and end as in :mod:`lasp.kernels.triton_linear.gates`; SWAP marks the transposed states. Where key
+channels decay on their own, the decays go with q and k: with x and y, or with SWAP with z and out. Both terms of
+``out`` carry a factor of their own, so that the two products are not chained, which would cost a change of layout per
+chunk. Without CAUSAL only the state's term is left.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton_gates import channel_decays, fixed_slope, row_decays, row_spans
+from lasp.kernels.triton_linear.gates import channel_decays, fixed_slope, row_decays, row_spans
 
 
 @triton.jit(do_not_specialize=["T", "N", "BH", "first", "count"])

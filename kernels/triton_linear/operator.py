@@ -1,4 +1,4 @@
-"""Linear attention in Triton kernels, in the stages of :mod:`lasp.kernels.chunked`: allocation and launches.
+"""Linear attention in Triton kernels, in stages: allocation and launches.
 
 Two levels of tokens (TFLA, arXiv 2503.14376): a program walks through the chunks of one *superchunk* with the state in
 registers, and only one fp32 state per superchunk ever reaches memory. The stages are
@@ -22,15 +22,16 @@ import torch
 import triton
 from torch import Tensor
 
-from lasp.kernels import triton_tiles
-from lasp.kernels.chunked import num_heads
+from lasp.kernels.operator import num_heads
 from lasp.kernels.segments import SegmentTable
 from lasp.kernels.state import StateMap
-from lasp.kernels.superchunks import superchunks
-from lasp.kernels.triton_gates import CHUNK_SAFE, channel_gates, sum_gates, token_gates
-from lasp.kernels.triton_output import gate_grads, mix, mix_grads
-from lasp.kernels.triton_states import local_states, scan_states
-from lasp.kernels.triton_tiles import Tile, power_of_two
+from lasp.kernels.triton_linear import tiles as triton_tiles
+from lasp.kernels.triton_linear.gates import CHUNK_SAFE, channel_gates, sum_gates, token_gates
+from lasp.kernels.triton_linear.output import gate_grads, mix, mix_grads
+from lasp.kernels.triton_linear.states import local_states, scan_states
+from lasp.kernels.triton_linear.superchunks import superchunks
+from lasp.kernels.triton_linear.tiles import Tile, power_of_two
+from lasp.kernels.triton_linear.tuning import tune_once
 
 _LN2 = 0.6931471805599453
 NONE, FIXED, TOKEN, CHANNEL = range(4)  # DECAY in the kernels
@@ -96,9 +97,7 @@ class _Lightning:
     def _plan(self) -> triton_tiles.Plan:
         call = self._arch(), self.q.dtype, self.key_dim, self.value_dim, self.decay, self.rows * self.length
         if self.q.is_cuda and triton_tiles.autotuned():
-            from lasp.kernels.autotune import tune_once  # which runs these stages itself
-
-            tune_once(triton_tiles.entry(*call), self.q.device)
+            tune_once(triton_tiles.entry(*call), self.q.device, (Forward, Backward))
         return triton_tiles.plan(*call)
 
     def _launch(self, kernel, programs: int, *args, **options) -> None:
@@ -166,7 +165,7 @@ class _Lightning:
         return states, exits
 
     def _mix(self, name: str, x, y, z, states, entry, out, *, pieces=None, other=None, rows=None) -> None:
-        """o or dq of the superchunks ``pieces``, by default all: see :mod:`lasp.kernels.triton_output`."""
+        """o or dq of the superchunks ``pieces``, by default all: see :mod:`lasp.kernels.triton_linear.output`."""
         first, last = (0, self.pieces.count) if pieces is None else pieces
         tile: Tile = self.plan.tiles[name]
         dx, dz = x.shape[-1], z.shape[-1]
@@ -184,7 +183,7 @@ class _Lightning:
 
 
 class Forward(_Lightning):
-    """The forward in stages, with the arguments and results of :class:`lasp.kernels.chunked.Forward`."""
+    """The forward in stages, with the arguments and results of :class:`lasp.kernels.torch_linear.operator.Forward`."""
 
     def __init__(self, q, k, v, g, table, causal, scale):
         super().__init__(q, k, v, g, table, causal, scale)
@@ -250,7 +249,7 @@ class Forward(_Lightning):
 
 
 class Backward(_Lightning):
-    """The backward in stages, with the arguments and results of :class:`lasp.kernels.chunked.Backward`."""
+    """The backward in stages, with the arguments and results of the PyTorch operator's."""
 
     def __init__(self, q, k, v, g, table, causal, scale, *, saved, entry, exits, do, needs_dg, kept_gates=None):
         super().__init__(q, k, v, g, table, causal, scale)
@@ -306,7 +305,7 @@ class Backward(_Lightning):
         return _reduced(self.dq, self.q), _reduced(dk, self.k), _reduced(dv, self.v), dg
 
     def _mix_grads(self, grads, d_exit, dv, dk, rows) -> None:
-        """dv and dk: see :mod:`lasp.kernels.triton_output`."""
+        """dv and dk: see :mod:`lasp.kernels.triton_linear.output`."""
         tile_v, tile_k = self.plan.tiles["dv"], self.plan.tiles["dk"]
         blocks = triton.cdiv(self.value_dim, tile_v.block) + triton.cdiv(self.key_dim, tile_k.block)
         for chunk, safe in self._variants():

@@ -3,7 +3,7 @@
 States are fp32 [B * H, N, K, V] in memory. The forward adds keys and values, weighted by the decay from their token to
 the superchunk's end; the backward (REV) adds queries and output gradients, weighted from its begin. The sweep runs
 towards smaller weights, with the weight of the chunks already passed as a running sum of logarithms, so the
-accumulator is never rescaled. Decays: :mod:`lasp.kernels.triton_gates`.
+accumulator is never rescaled. Decays: :mod:`lasp.kernels.triton_linear.gates`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton_gates import channel_decays, fixed_slope, row_decays
+from lasp.kernels.triton_linear.gates import channel_decays, fixed_slope, row_decays
 
 
 @triton.jit(do_not_specialize=["T", "N", "BH"])

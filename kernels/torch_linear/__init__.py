@@ -1,0 +1,1 @@
+"""Linear attention in plain PyTorch, for any device: one operator in stages."""

@@ -1,0 +1,1 @@
+"""Linear attention in Triton kernels, for CUDA devices: one operator in stages."""
