@@ -1,98 +1,150 @@
-"""The house rules that a reader relies on: rooms import one way, and guests enter through one door."""
+"""The house rules that a reader relies on: imports go one way and in no circle, and guests enter through one door."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.house import ROOMS, House, circles, package_of
+
 ROOT = Path(__file__).parent.parent
-ROOMS = ("kernels", "lasp", "parallel", "launch")  # each may import those to its left
-MEGATRON = ROOT / "parallel" / "megatron"  # subclasses its modules, so each file imports it
-GUESTS = {
+HOUSE = House(ROOT)
+GUESTS = {  # the only files that import a guest; None: whichever one file does
+    "datasets": None,
     "deepspeed": None,
-    "ray": "launch/launchers/ray_cluster.py",
     "fla": None,
+    "ray": "launch/launchers/ray_cluster.py",
     "tokenizers": "launch/data/tokenizer.py",
+    "transformers": None,
+    "wandb": None,
 }
 
 
-def modules(room):
-    return sorted((ROOT / room).rglob("*.py"))
+def planted(tmp_path, **sources):
+    """A house of these files alone: ``lasp__a__b="..."`` is lasp/a/b.py."""
+    for name, text in sources.items():
+        path = tmp_path.joinpath(*name.split("__")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return House(tmp_path)
 
 
-def imports(path):
-    """(imported module, whether at module level) of every import in a file; type-checking imports are not imports."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    top = {id(node) for node in tree.body}
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in top) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module, id(node) in top
-            yield from ((f"{node.module}.{alias.name}", id(node) in top) for alias in node.names)
+def wrong_ways(house):
+    """Imports of a room further right."""
+    rank = {package_of(room): ROOMS.index(room) for room in ROOMS}
+    found = []
+    for module in house.files:
+        for name, _ in house.imports(module):
+            owner = ".".join(name.split(".")[:2])
+            owner = owner if owner in rank else name.split(".")[0]
+            if rank.get(owner, -1) > ROOMS.index(house.room(module)):
+                found.append(f"{house.relative(module)} imports {name}")
+    return found
 
 
-def room_of(module):
-    parts = module.split(".")
-    if parts[0] != "lasp":
-        return None
-    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "lasp"
+def misplaced_traffic(house):
+    """Collectives of kernels/, and those of lasp/ outside its comm folder."""
+    return [line for line in house.traffic() if line.startswith(("kernels/", "lasp/")) and "lasp/comm/" not in line]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_one_way(room):
-    for path in modules(room):
-        for module, _ in imports(path):
-            assert module.split(".")[0] not in ("kernels", "parallel", "launch"), f"{path.name}: write lasp.{module}"
-            owner = room_of(module)
-            assert owner is None or ROOMS.index(owner) <= ROOMS.index(room), f"{room}/{path.name} imports {module}"
+def test_rooms_import_one_way():
+    assert not wrong_ways(HOUSE)
+    for module in HOUSE.files:
+        for name, _ in HOUSE.imports(module):
+            assert name.split(".")[0] not in ("kernels", "parallel", "launch"), f"{module}: write lasp.{name}"
 
 
-def test_kernels_know_one_device():
-    for path in modules("kernels"):
-        assert not any(m.startswith("torch.distributed") for m, _ in imports(path)), path
-        assert "torch.distributed" not in path.read_text(), path
+def test_a_wrong_way_is_found(tmp_path):
+    late = "def f():\n    from lasp.launch.cli import main\n"
+    found = wrong_ways(planted(tmp_path, lasp__a=late))
+    assert found == [f"lasp/a.py imports lasp.launch.cli{name}" for name in ("", ".main")]
+
+
+def test_no_circle_between_files_or_folders():
+    assert not circles(HOUSE.file_graph())
+    assert not circles(HOUSE.folder_graph())
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from lasp.b import y\n",
+        "import lasp.b\n",
+        "def f():\n    from lasp import b\n",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lasp.b import y\n",
+    ],
+)
+def test_a_circle_of_files_is_found(tmp_path, back):
+    house = planted(tmp_path, lasp__a=back, lasp__b="from lasp.c import z\n", lasp__c="from lasp.a import x\n")
+    assert circles(house.file_graph()) == [["lasp.a", "lasp.b", "lasp.c"]]
+
+
+def test_a_circle_of_folders_is_found(tmp_path):
+    sources = {"lasp__a__one": "import lasp.b.one\n", "lasp__b__two": "import lasp.a.two\n"}
+    house = planted(tmp_path, **sources, lasp__a__two="", lasp__b__one="")
+    assert not circles(house.file_graph())
+    assert circles(house.folder_graph()) == [["lasp/a", "lasp/b"]]
+
+
+def test_a_guest_is_no_circle(tmp_path):
+    house = planted(tmp_path, lasp__a="def f():\n    import ray\n", lasp__b="from lasp.a import f\n")
+    assert not circles(house.file_graph())
+
+
+def test_modules_are_imported_by_statements():
+    assert {line.partition(":")[0] for line in HOUSE.imports_by_name()} == {"lasp/__init__.py"}  # its lazy names
+
+
+def test_an_import_by_name_is_found(tmp_path):
+    house = planted(tmp_path, lasp__a='import importlib\nx = importlib.import_module("lasp.b")\n')
+    assert house.imports_by_name() == ["lasp/a.py:2"]
 
 
 def test_only_comm_issues_attention_traffic():
-    traffic = (
-        "all_gather",
-        "reduce_scatter",
-        "all_to_all",
-        "all_reduce",
-        "isend",
-        "irecv",
-        "broadcast",
-        "send",
-        "recv",
-    )
-    for path in modules("lasp"):
-        if path.name == "comm.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("dist", "torch.distributed"):
-                assert not node.attr.startswith(traffic), f"{path.name}: dist.{node.attr}"
+    assert not misplaced_traffic(HOUSE)
+    assert any("lasp/comm/" in line for line in HOUSE.traffic())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch.distributed as dist\ndist.all_gather_into_tensor(1, 2)\n",
+        "import torch\ntorch.distributed.send(1, 2)\n",
+        "from torch.distributed import all_reduce as r\nr(1)\n",
+    ],
+)
+def test_traffic_in_a_wrong_room_is_found(tmp_path, text):
+    house = planted(tmp_path, lasp__linear=text, lasp__comm__collectives=text, launch__run=text, kernels__state=text)
+    found = [line.split(":")[0] for line in misplaced_traffic(house)]
+    assert found == ["kernels/state.py", "lasp/linear.py"]
+
+
+def test_kernels_know_one_device():
+    for module, path in HOUSE.files.items():
+        if HOUSE.room(module) == "kernels":
+            assert "torch.distributed" not in path.read_text(), path
+
+
+def test_the_package_has_every_folder():
+    tomllib = pytest.importorskip("tomllib")
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {package_of(room): room for room in ROOMS}
+    for module, path in HOUSE.files.items():
+        if path.name == "__init__.py" and module not in folders:
+            folders[module] = path.parent.relative_to(ROOT).as_posix()
+    assert tools["package-dir"] == folders
+    assert sorted(tools["packages"]) == sorted(folders)
+    assert {path.parent for path in HOUSE.files.values()} == {ROOT / folder for folder in folders.values()}
 
 
 @pytest.mark.parametrize("guest", GUESTS)
 def test_optional_dependencies_enter_through_one_adapter_inside_functions(guest):
     doors = {
-        (path.relative_to(ROOT).as_posix(), at_top)
-        for room in ROOMS
-        for path in modules(room)
-        for module, at_top in imports(path)
-        if module.split(".")[0] == guest
+        (HOUSE.relative(module), at_top)
+        for module in HOUSE.files
+        for name, at_top in HOUSE.imports(module)
+        if name.split(".")[0] == guest
     }
     assert all(not at_top for _, at_top in doors), doors
     assert len({door for door, _ in doors}) <= 1, doors
@@ -101,17 +153,16 @@ def test_optional_dependencies_enter_through_one_adapter_inside_functions(guest)
 
 
 def test_megatron_has_a_folder_of_its_own():
-    for room in ROOMS:
-        for path in modules(room):
-            for module, at_top in imports(path):
-                own = path.is_relative_to(MEGATRON)
-                assert own or module.split(".")[0] != "megatron", path
-                assert own or not (module.startswith("lasp.parallel.megatron") and at_top), path
+    for module in HOUSE.files:
+        own = HOUSE.place(module) == "parallel/megatron"  # subclasses its modules, so each file imports it
+        for name, at_top in HOUSE.imports(module):
+            assert own or name.split(".")[0] != "megatron", module
+            assert own or not (name.startswith("lasp.parallel.megatron") and at_top), module
 
 
 def test_the_reference_is_the_oracle_and_no_fast_path():
-    users = {p.name for room in ROOMS for p in modules(room) for m, _ in imports(p) if m == "lasp.kernels.reference"}
-    assert users <= {"linear.py"}, users  # impl="reference"
+    users = {module for module in HOUSE.files if "lasp.kernels.reference" in HOUSE.own_imports(module)}
+    assert users <= {"lasp.linear"}, users  # impl="reference"
 
 
 def test_importing_lasp_needs_torch_alone_and_is_quick():
@@ -122,12 +173,12 @@ assert "torch" not in sys.modules  # a Ctrl-C while it loads finds the command r
 for name in ("triton", "yaml", "rich", "click", "pydantic", "matplotlib", "safetensors"):
     sys.modules[name] = None  # an import of it raises
 import torch
-started = time.perf_counter()
+started = time.process_time()
 import lasp, lasp.kernels
 sys.modules["megatron"] = None
 import lasp.parallel
-assert all(getattr(lasp, name).__name__.endswith(name) for name in lasp.__all__)
-print(time.perf_counter() - started)
+assert all(hasattr(lasp, name) for name in lasp.__all__)
+print(time.process_time() - started)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
