@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from published_report import plot, tables, write_tables
 
 from lasp.cost import EXCHANGES, Case, choose, estimate
 from lasp.cost.fabric import Fabric, Link
+from lasp.launch.versions import commit
 
 FITTED = {"collective": (8, 32, 128), "throughput": (8, 128), "table_6": (16, 64)}
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -92,7 +92,7 @@ def reproduce() -> dict:
         "predicted_exchange": exchange_rows(fabric),
         "predicted_share": share_rows(fabric, work, local, reduction),
         "sensitivity": sensitivity_rows(fabric, work, local, reduction),
-        "commit": commit(),
+        "commit": commit() or "unknown",
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
@@ -323,12 +323,6 @@ def describe(fabric: Fabric) -> dict:
         "nics_per_node": fabric.nics_per_node,
         "overhead_us": 1e6 * fabric.overhead_s,
     }
-
-
-def commit() -> str:
-    """The commit whose model this is."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

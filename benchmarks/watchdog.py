@@ -26,8 +26,9 @@ import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
 from lasp import SequenceLayout, comm
-from lasp.launch.doctor.host import commit, processor
+from lasp.launch.doctor.host import processor
 from lasp.launch.run.rendezvous import open_store
+from lasp.launch.versions import commit
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
 from lasp.parallel.engines.build import build_engine
@@ -131,7 +132,7 @@ def main() -> None:
         "cpu": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": commit() or "unknown",
     }
     result["watchdog_thread_share"] = values["idle"]
     share = result["collectives_per_step"] * result["us_per_collective"] / 1e3 / result["step_ms_without"]

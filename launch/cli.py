@@ -15,12 +15,20 @@ from pathlib import Path
 import click
 
 from lasp.launch.bench.commands import bench
+from lasp.launch.versions import missing_extra, version_line
 
 _FAILURE, _INTERRUPTED = 1, 130
 _DEBUG = "--debug"
 
 
+def _print_version(context: click.Context, _option: click.Option, wanted: bool) -> None:
+    if wanted:
+        click.echo(version_line())
+        context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Versions.")
 def cli() -> None:
     """Train linear and hybrid language models on sequences cut over many ranks, exact against one device.
 
@@ -262,6 +270,11 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if _DEBUG in sys.argv or (sentence := missing_extra(error)) is None:
+            raise
+        click.secho(f"error: {sentence}", fg="red", err=True)
+        sys.exit(_FAILURE)
     except Exception as error:
         _fail(error, debug=_DEBUG in sys.argv)
 

@@ -16,6 +16,7 @@ import torch
 from lasp.launch.bench.ranks import Ranks
 from lasp.launch.doctor import host
 from lasp.launch.run.preflight import source_digest
+from lasp.launch.versions import commit
 from lasp.parallel.file_errors import replace_text, writing
 
 FOLDER = Path("benchmarks/results/bench")
@@ -36,7 +37,7 @@ def facts(where: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lasp": f"{importlib.metadata.version('lasp')}, source {source_digest()}",
-        "commit": host.commit(),
+        "commit": commit() or "unknown",
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
 

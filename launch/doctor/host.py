@@ -5,20 +5,20 @@ Each function returns rows for a table, name to text, and adds sentences to ``pr
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from lasp import __version__
 from lasp.launch.launchers.interfaces import address_of
 from lasp.launch.run.preflight import source_digest
+from lasp.launch.versions import installed, printed, untested
 
 GIB = 2**30
 _PACKAGES = ("torch", "triton", "numpy", "deepspeed", "ray", "megatron-core", "tokenizers")
@@ -28,17 +28,15 @@ Rows = dict[str, str]
 
 
 def versions() -> Rows:
-    """Of Python, this package and what it may use."""
-    rows = {"python": f"{platform.python_version()} ({sys.executable})", "lasp": f"source code {source_digest()}"}
-    for name in _PACKAGES:
-        try:
-            rows[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            rows[name] = "not installed"
+    """Of Python, this package and what it may use; a package outside of the tested range with a sentence."""
+    own = f"{__version__}, source code {source_digest()}"
+    rows = {"python": f"{platform.python_version()} ({sys.executable})", "lasp": own}
+    rows |= {name: installed(name) or "not installed" for name in _PACKAGES}
+    rows |= untested()
     rows["CUDA of torch"] = torch.version.cuda or "none: a CPU build"
     if torch.cuda.is_available():
         rows["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        rows["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+        rows["driver"] = printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
     return rows
 
 
@@ -61,7 +59,7 @@ def devices(wanted: str, local_ranks: int, problems: list[str]) -> Rows:
         )
         if free < 0.5 * total:
             problems.append(f"cuda:{index} has less than half of its memory free. End what uses it: see nvidia-smi.")
-    if count > 1 and (links := _output("nvidia-smi", "topo", "-m")):
+    if count > 1 and (links := printed("nvidia-smi", "topo", "-m")):
         rows["links"] = links
     if wanted == "cuda" and count < local_ranks:
         problems.append(
@@ -190,19 +188,6 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """The commit of this source tree; ``unknown`` where there is no history."""
-    return _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty") or "unknown"
-
-
-def _output(*command: str) -> str:
-    """What a program prints; nothing where it is absent or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _memory() -> str:

@@ -1,4 +1,4 @@
-"""A run folder that an earlier version wrote: it is read as it is, and the run goes on as if it had not been stopped."""
+"""A run folder that an earlier version wrote: the run goes on as if it had not been stopped."""
 
 import json
 import shutil
