@@ -7,6 +7,7 @@ that is not 0; a part in which the options select nothing passes.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,14 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 PARTS = {  # of about equal length
-    "core": ("tests/test_rooms.py", "tests/kernels", "tests/lasp", "tests/parallel/megatron", "tests/examples"),
+    "core": (
+        "tests/test_rooms.py",
+        "tests/test_documents.py",
+        "tests/kernels",
+        "tests/lasp",
+        "tests/parallel/megatron",
+        "tests/examples",
+    ),
     "jobs": ("tests/launch", "tests/parallel"),
 }
 _NOTHING_SELECTED = 5
@@ -56,6 +64,11 @@ class Part:
         self.status = 0 if process.returncode == _NOTHING_SELECTED else process.returncode
         self.wall_s, self.cpu_s = time.perf_counter() - started, usage.ru_utime + usage.ru_stime
 
+    def count(self, outcome: str) -> int:
+        """Tests with this outcome, as the closing line counts them."""
+        found = re.search(rf"(\d+) {outcome}", self.closing)
+        return int(found[1]) if found else 0
+
 
 def main() -> int:
     """Run all parts; the first failure is the result."""
@@ -68,7 +81,9 @@ def main() -> int:
     print()
     for part in parts:
         print(f"{part.name}: {part.wall_s:.0f} s, {part.cpu_s:.0f} CPU-seconds, {part.closing}")
+    counts = {word: sum(part.count(word) for part in parts) for word in ("passed", "failed", "skipped", "error")}
     print(f"all: {max(part.wall_s for part in parts):.0f} s, {sum(part.cpu_s for part in parts):.0f} CPU-seconds")
+    print(f"{counts['passed']} passed, {counts['failed'] + counts['error']} failed, {counts['skipped']} skipped")
     return next((part.status for part in parts if part.status), 0)
 
 
