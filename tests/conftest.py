@@ -9,17 +9,9 @@ from tests.harness import RankPool, poisoned_memory
 
 @pytest.fixture(scope="session")
 def ranks():
-    """Four gloo ranks that serve every distributed test."""
-    pool = RankPool(4)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="session")
-def interpreters():
-    """Four ranks where Triton interprets: that is decided when it is imported, for the whole process."""
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        pool = RankPool(4)
+    """Eight gloo ranks that serve every distributed test; where they import Triton, it interprets."""
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):  # read when it is imported, for the whole process
+        pool = RankPool(8)
     yield pool
     pool.close()
 
