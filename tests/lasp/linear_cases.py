@@ -96,7 +96,7 @@ def known(cases: Iterable[Case]) -> list[tuple[Case, Values]]:
 
 @cache
 def _reference(case: Case) -> Values:
-    return {name: t.numpy() for name, t in expected(case).items()}
+    return {name: t.detach().numpy() for name, t in expected(case).items()}
 
 
 def expected(case: Case) -> dict[str, torch.Tensor]:
@@ -218,6 +218,7 @@ def special() -> list[Case]:
         replace(base, heads=(4, 2, 1, 4)),
         replace(base, heads=(1, 1, 4, 2), gate="channel"),
         replace(base, heads=(2, 4, 2, 1), gate="fixed", batch=2, borders=(0, 61)),
+        replace(base, heads=(1, 4, 2, 2), gate="fixed"),
         replace(base, initial=False),
         Case("none", "contiguous", borders=PACKED, causal=False),
         Case("none", "uneven", batch=2, causal=False, heads=(4, 2, 2, 4)),
