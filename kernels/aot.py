@@ -4,12 +4,14 @@ Runs the launches of :mod:`lasp.kernels.triton_linear.operator` on tensors witho
 for bf16 and prints registers, spilled bytes per thread, shared memory and which tensor-core instructions are used.
 Exits non-zero when a kernel does not compile, needs more shared memory than the architecture has, or on sm_90 spills
 more than its budget. By default: on sm_90 every tile for D = 128, elsewhere one tile of each kernel; ``--all``: every
-tile.
+tile. The report of a run over everything holds its :func:`fingerprint`: while that is unchanged, a new run would say
+the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pkgutil
@@ -19,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -185,6 +187,23 @@ def selection(archs: list[int], cases: list[str], everything: bool) -> Iterator[
                     seen.add(launch.name)
 
 
+def fingerprint() -> str:
+    """Hash of all that decides the rows of every tile: kernels, launches, budgets and triton, wherever the files lie.
+
+    A kernel's text counts without its imports, so that a file may move.
+    """
+    import triton
+
+    texts = [path.read_text() for path in Path(__file__).parent.rglob("*.py")]
+    kernels = [re.sub(r"^(from|import) .*\n", "", x, flags=re.M) for x in texts if re.search(r"^@triton\.jit", x, re.M)]
+    chosen = [
+        (arch, dim, case, replace(launch, kernel=launch.kernel.partition(":")[2]))
+        for arch, dim, case, launch in selection(list(ARCHITECTURES), list(CASES), everything=True)
+    ]
+    budgets = SHARED_BYTES, SPILL_BYTES, SPILL_BYTES_OTHERWISE
+    return hashlib.sha256(repr((triton.__version__, sorted(kernels), chosen, budgets)).encode()).hexdigest()
+
+
 def measure(arch: int, dim: int, case: str, launch: Launch) -> dict:
     """One row of the table; ``fault`` is empty where all is well."""
     constants, options = dict(launch.constants), dict(launch.options)
@@ -264,7 +283,14 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             print(line(row), flush=True)
     if options.json:
-        report = {"triton": triton.__version__, "dtype": "bfloat16", "heads": HEADS, "lengths": LENGTHS, "rows": rows}
+        report = {"triton": triton.__version__, "dtype": "bfloat16", "heads": HEADS, "lengths": LENGTHS}
+        if (
+            options.all
+            and set(archs) == set(map(str, ARCHITECTURES))
+            and set(cases) == set(CASES)
+            and not options.kernels
+        ):
+            report["fingerprint"] = fingerprint()
         options.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report | {"rows": []}).removesuffix("]}")  # a line for each row
         options.json.write_text(text + "\n" + ",\n".join(map(json.dumps, rows)) + "\n]}\n")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
+import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+PRELOADED = ("lasp.linear", "pytest", "hypothesis", "torch._dynamo", "torch.distributed.fsdp")  # of most tests
 
 
 class RankPool:
@@ -23,6 +28,8 @@ class RankPool:
     ``pool.run(fn, *args, size=2)`` calls ``fn(group, *args)`` on the first two ranks, with a cp_group of just these,
     and returns their results in rank order. ``fn`` is a module-level function; results must pickle. When a rank
     raises, its traceback is the failure; when one does not answer in time, the pool says which.
+
+    The ranks are copies of one process that has imported what they need: eight cost little more than one.
     """
 
     def __init__(self, world_size: int = 4, backend: str = "gloo"):
@@ -32,14 +39,13 @@ class RankPool:
     def _start(self):
         self._dir = tempfile.TemporaryDirectory(prefix="lasp-ranks-")
         context = mp.get_context("spawn")
-        self._pipes, self._processes = [], []
-        for rank in range(self.world_size):
-            parent, child = context.Pipe()
-            args = (rank, self.world_size, self.backend, f"file://{self._dir.name}/rendezvous", child)
-            process = context.Process(target=_serve, args=args, daemon=True)
-            process.start()
-            self._pipes.append(parent)
-            self._processes.append(process)
+        self._pipes, theirs = zip(*(context.Pipe() for _ in range(self.world_size)), strict=True)
+        self._alive, alive = context.Pipe()
+        args = self.backend, f"file://{self._dir.name}/rendezvous", theirs, alive
+        self._parent = context.Process(target=_copy_ranks, args=args)
+        self._parent.start()
+        for pipe in (*theirs, alive):
+            pipe.close()
 
     def run(self, fn: Callable, *args, size: int, timeout_s: float = 120.0) -> list:
         """Results of ``fn(group, *args)`` on ranks 0..size-1."""
@@ -48,10 +54,23 @@ class RankPool:
         assert not failed, "\n".join(f"rank {rank} of {size}:\n{text}" for rank, text in failed)
         return [value for _, value in results]
 
+    def run_to_break(self, fn: Callable, *args, size: int) -> list:
+        """Results of ``fn(group, *args, limit_s)`` with a group of its own, which it may break.
+
+        ``limit_s`` is the group's timeout: what a first collective in a new group takes now, times a margin, so that a
+        rank that is merely slow, on a loaded machine, is not taken for one that does not come.
+        """
+        started = time.monotonic()
+        self.run(_in_new_group, size, 60.0, _meet, (fn,), size=self.world_size)
+        limit_s = max(2.0, 10 * (time.monotonic() - started))
+        args, patience_s = (size, limit_s, fn, (*args, limit_s)), 120 + 20 * limit_s
+        return self.run(_in_new_group, *args, size=self.world_size, timeout_s=patience_s)[:size]
+
     def outcomes(self, fn: Callable, *args, size: int, timeout_s: float = 120.0) -> list[tuple[bool, object]]:
         """Like :meth:`run`, but ``(True, result)`` or ``(False, traceback text)`` per rank: for tests of errors."""
+        message = pickle.dumps((fn, args, size))  # once for all; tensors by value, not as files that processes share
         for pipe in self._pipes[:size]:
-            pipe.send((fn, args, size))
+            pipe.send_bytes(message)
         deadline = time.monotonic() + timeout_s
         results: list = [None] * size
         for rank in range(size):
@@ -59,24 +78,47 @@ class RankPool:
                 silent = [r for r in range(rank, size) if not self._pipes[r].poll(0)]
                 self.restart()
                 raise TimeoutError(f"{fn.__name__}: ranks {silent} of {size} gave no answer in {timeout_s} s")
-            results[rank] = self._pipes[rank].recv()
+            results[rank] = pickle.loads(self._pipes[rank].recv_bytes())
         return results
 
     def restart(self):
-        """Fresh processes, after a case that broke the groups."""
+        """Fresh processes, after a case that broke the default group."""
         self.close()
         self._start()
 
     def close(self):
         """End the ranks."""
-        for process in self._processes:
-            process.kill()
-            process.join()
+        self._alive.close()
+        self._parent.join()
         self._dir.cleanup()
 
 
-def _serve(rank: int, world_size: int, backend: str, rendezvous: str, pipe):
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def _copy_ranks(backend: str, rendezvous: str, pipes: Sequence[Connection], alive: Connection):
+    """Make the ranks, and end them when the pool closes or its process is gone."""
+    if backend == "gloo":  # without GPUs: Triton reads it when it is imported, for the whole process
+        os.environ["TRITON_INTERPRET"] = "1"
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    context = mp.get_context("fork")
+    args = backend, rendezvous, pipes
+    ranks = [context.Process(target=_serve, args=(rank, *args), daemon=True) for rank in range(len(pipes))]
+    for process in ranks:
+        process.start()
+    for pipe in pipes:
+        pipe.close()
+    with contextlib.suppress(EOFError):
+        alive.recv()
+    for process in ranks:
+        process.kill()
+        process.join()
+
+
+def _serve(rank: int, backend: str, rendezvous: str, pipes: Sequence[Connection]):
+    pipe, world_size = pipes[rank], len(pipes)
+    for other in pipes:
+        if other is not pipe:
+            other.close()  # so that the pool sees the end of a rank that dies
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
     if backend == "nccl":
@@ -85,13 +127,18 @@ def _serve(rank: int, world_size: int, backend: str, rendezvous: str, pipe):
     groups = {n: dist.new_group(range(n), timeout=timeout) for n in range(1, world_size + 1)}
     own = set(dist.distributed_c10d._world.pg_map)
     while True:
-        fn, args, size = pipe.recv()
+        try:
+            message = pipe.recv_bytes()
+        except EOFError:
+            return
         _let_go(own)  # here: now every rank is through with the case before
         try:
+            fn, args, size = pickle.loads(message)
             with poisoned_memory():
-                pipe.send((True, fn(groups[size], *args)))
+                reply = pickle.dumps((True, fn(groups[size], *args)))
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            reply = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(reply)
 
 
 def _let_go(own: set) -> None:
@@ -104,9 +151,25 @@ def _let_go(own: set) -> None:
         gc.collect()
 
 
+def _in_new_group(_group: dist.ProcessGroup, size: int, timeout_s: float, fn: Callable, args: tuple):
+    """``fn`` on the first ranks with a group that nobody else has; torch makes one with the help of all ranks.
+
+    The group stays, as torch keeps it: where one goes its connections close, which others would see as a death.
+    """
+    own = dist.new_group(range(size), timedelta(seconds=timeout_s))
+    return fn(own, *args) if dist.get_rank() < size else None
+
+
+def _meet(group: dist.ProcessGroup, _fn: Callable):
+    """Meet once; ``_fn`` has been imported to come here."""
+    dist.barrier(group)
+
+
 @contextlib.contextmanager
 def poisoned_memory():
     """``torch.empty`` and friends return NaN: an output that nobody wrote cannot pass for a zero."""
+    with torch.device("meta"):  # at its first use it notes the functions that it serves: not those below
+        torch.empty(0)
 
     def poisoned(make):
         def wrapper(*args, **kwargs):

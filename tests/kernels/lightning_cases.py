@@ -17,6 +17,12 @@ from lasp.kernels.triton_linear.tiles import KERNELS, Plan, Tile
 from tests.kernels.bf16_interpreter import bf16_rounds_as_on_a_gpu
 
 
+def small_plan(superchunk: int = 32):
+    """Chunks of 16 tokens and few of them in a superchunk: short sequences have many, as long ones do."""
+    plan = Plan(16, superchunk, dict.fromkeys(KERNELS, Tile(16, 4, 2)))
+    return mock.patch.object(triton_tiles, "plan", lambda *_: plan)
+
+
 @dataclass(frozen=True)
 class Case:
     """One forward and backward; every segment is a document of its own, its entry state the initial state."""
@@ -24,7 +30,7 @@ class Case:
     gate: str
     borders: tuple[int, ...] = (0, 75)
     batch: int = 1
-    heads: tuple[int, int, int, int] = (2, 2, 2, 2)  # of q, k, v, g
+    heads: tuple[int, int, int, int] = (1, 1, 1, 1)  # of q, k, v, g
     key_dim: int = 16
     value_dim: int = 24
     states: bool = True
@@ -156,10 +162,9 @@ def saved_shapes(_group, gate: str, superchunk: int) -> list[tuple[int, ...]]:
     """Shapes that the forward keeps beside its inputs for 70 tokens, 2 heads, K = 16, V = 24."""
     from lasp.kernels.triton_linear import operator as lightning
 
-    x = Case(gate, borders=(0, 70)).inputs()
+    x = Case(gate, borders=(0, 70), heads=(2, 2, 2, 2)).inputs()
     q, k, v, g = (None if x[n] is None else x[n].float() for n in "qkvg")
-    plan = Plan(16, superchunk, dict.fromkeys(KERNELS, Tile(16, 4, 2)))
-    with mock.patch.object(triton_tiles, "plan", lambda *_: plan):
+    with small_plan(superchunk):
         forward = lightning.Forward(q, k, v, g, SegmentTable([(0, 70)], q.device), True, 1.0)
         forward.state_maps()
         forward.finish(None)
@@ -195,10 +200,10 @@ def large_values(_group, gate: str, decay: float, sizes: tuple[float, float, flo
 
     torch.manual_seed(0)
     draw = (lambda *shape: torch.rand(*shape)) if sizes[2] > 1 else torch.randn
-    q, k, v = ((draw(1, 150, 2, 16) * size).half().requires_grad_() for size in sizes)
-    shapes = {"none": None, "token": (1, 150, 2), "channel": (1, 150, 2, 16)}
+    q, k, v = ((draw(1, 150, 1, 16) * size).half().requires_grad_() for size in sizes)
+    shapes = {"none": None, "token": (1, 150, 1), "channel": (1, 150, 1, 16)}
     g = None if gate == "none" else torch.full(shapes[gate], decay)
-    do, scale = torch.randn(1, 150, 2, 16).half() * 1e-2, 1e-3
+    do, scale = torch.randn(1, 150, 1, 16).half() * 1e-2, 1e-3
     o, _ = linear_attention(q, k, v, g, scale=scale, impl="triton")
     found = o, *torch.autograd.grad(o, (q, k, v), do)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -211,12 +216,13 @@ def illegal_gates(_group, gate: str, value: float) -> tuple[int, int, bool]:
     """How many growing gates the kernels count: in all, and in the third superchunk of head 1; is o finite."""
     from lasp.kernels.triton_linear import operator as lightning
 
-    x = Case(gate, borders=(0, 700)).inputs()
+    x = Case(gate, heads=(2, 2, 2, 2)).inputs()
     q, k, v, g = (x[n].float() for n in "qkvg")
-    g[:, 600, 1] = value
-    forward = lightning.Forward(q, k, v, g, SegmentTable([(0, 700)], q.device), True, 1.0)
-    forward.state_maps()
-    finite = forward.finish(None).isfinite().all().item()
+    g[:, 70, 1] = value
+    with small_plan():
+        forward = lightning.Forward(q, k, v, g, SegmentTable([(0, 75)], q.device), True, 1.0)
+        forward.state_maps()
+        finite = forward.finish(None).isfinite().all().item()
     return forward.illegal.sum().item(), forward.illegal[0, 1, 2].item(), finite
 
 
@@ -224,18 +230,19 @@ def replaced_too_early(_group) -> tuple[float, str]:
     """Difference after a first use in inference mode; the error of a backward whose layout is gone."""
     from lasp import CPContext, linear_attention
 
-    x = torch.randn(1, 300, 1, 8).requires_grad_()
-    cp = CPContext.local((0, 100, 300), replaceable=True)
-    with torch.inference_mode():
-        linear_attention(x, x, x, cp=cp, impl="triton", output_final_state=True)
-    cp.replace_layout((0, 200, 300))
-    o, _ = linear_attention(x, x, x, cp=cp, impl="triton")
-    fresh, _ = linear_attention(x, x, x, cp=CPContext.local((0, 200, 300)), impl="triton")
-    cp.replace_layout((0, 1, 300))
-    try:
-        o.sum().backward()
-    except ValueError as error:
-        return (o - fresh).abs().max().item(), str(error)
+    x = torch.randn(1, 75, 1, 8).requires_grad_()
+    cp = CPContext.local((0, 25, 75), replaceable=True)
+    with small_plan():
+        with torch.inference_mode():
+            linear_attention(x, x, x, cp=cp, impl="triton", output_final_state=True)
+        cp.replace_layout((0, 50, 75))
+        o, _ = linear_attention(x, x, x, cp=cp, impl="triton")
+        fresh, _ = linear_attention(x, x, x, cp=CPContext.local((0, 50, 75)), impl="triton")
+        cp.replace_layout((0, 1, 75))
+        try:
+            o.sum().backward()
+        except ValueError as error:
+            return (o - fresh).abs().max().item(), str(error)
     return float("nan"), "no error"
 
 
@@ -244,9 +251,9 @@ def replaced_layout(_group, gate: str) -> list[dict[str, float]]:
     from lasp import CPContext, linear_attention
 
     generator = torch.Generator().manual_seed(0)
-    shapes = {"fixed": (1,), "token": (1, 600, 1), "channel": (1, 600, 1, 8)}
+    shapes = {"fixed": (1,), "token": (1, 100, 1), "channel": (1, 100, 1, 8)}
     g = None if gate == "none" else -torch.rand(shapes[gate], generator=generator)
-    q, k, v = (torch.randn(1, 600, 1, 8, generator=generator).requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(1, 100, 1, 8, generator=generator).requires_grad_() for _ in range(3))
     initial = torch.randn(3, 1, 8, 8, generator=generator)
 
     def run(cp):
@@ -255,15 +262,16 @@ def replaced_layout(_group, gate: str) -> list[dict[str, float]]:
         grads = torch.autograd.grad(o.square().sum() + final.square().sum(), [q, k, v])
         return {"o": o, "final": final, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
-    cp, found = CPContext.local((0, 300, 590, 600), replaceable=True), []
-    with torch.no_grad():
-        linear_attention(q, k, v, g, cp=cp, impl="triton", output_final_state=True)
-    places = {id(t): t.data_ptr() for t in _device_tables(cp)}
-    for borders in ((0, 1, 2, 600), (0, 299, 598, 600)):
-        cp.replace_layout(borders)
-        assert {id(t): t.data_ptr() for t in _device_tables(cp)} == places
-        ours, fresh = run(cp), run(CPContext.local(borders))
-        found.append({n: (ours[n] - fresh[n]).abs().max().item() for n in fresh})
+    cp, found = CPContext.local((0, 50, 98, 100), replaceable=True), []
+    with small_plan():
+        with torch.no_grad():
+            linear_attention(q, k, v, g, cp=cp, impl="triton", output_final_state=True)
+        places = {id(t): t.data_ptr() for t in _device_tables(cp)}
+        for borders in ((0, 1, 2, 100), (0, 49, 98, 100)):
+            cp.replace_layout(borders)
+            assert {id(t): t.data_ptr() for t in _device_tables(cp)} == places
+            ours, fresh = run(cp), run(CPContext.local(borders))
+            found.append({n: (ours[n] - fresh[n]).abs().max().item() for n in fresh})
     return found
 
 

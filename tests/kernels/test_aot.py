@@ -4,24 +4,41 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "benchmarks/results/aot.json"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-@pytest.mark.timeout(600)
-def test_every_shipped_tile_for_hopper_compiles_within_its_budget(tmp_path):
-    """D = 128 with every decay, and one tile of each kernel for the other architectures."""
-    path = tmp_path / "aot.json"
+def compiled(folder: Path) -> list[dict]:
+    """Rows of a run over D = 128 with every decay on Hopper, and one tile of each kernel elsewhere."""
+    path = folder / "aot.json"
     command = [sys.executable, "-m", "lasp.kernels.aot", "--json", str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1700, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    rows = json.loads(path.read_text())["rows"]
-    hopper = [row for row in rows if row["arch"] == 90]
-    assert f"all {len(rows)} kernels within budget" in run.stdout
+    report = json.loads(path.read_text())
+    assert f"all {len(report['rows'])} kernels within budget" in run.stdout
+    assert "fingerprint" not in report  # of every tile alone
+    return report["rows"]
+
+
+def known_rows(run: Callable[[], list[dict]]) -> list[dict]:
+    """The recorded rows; those of a ``run`` where kernels, launches, budgets or triton are others than recorded.
+
+    `python -m lasp.kernels.aot --all --json benchmarks/results/aot.json` records.
+    """
+    from lasp.kernels.aot import fingerprint
+
+    report = json.loads(RECORD.read_text())
+    return report["rows"] if report["fingerprint"] == fingerprint() else run()
+
+
+def check(rows: list[dict]):
+    hopper = [row for row in rows if row["arch"] == 90 and row["dim"] == 128]
     for row in hopper:
         assert row["spill"] <= (0 if row["kernel"].split()[0] in ("local_states", "o", "dq") else 64), row
         products = row["kernel"].split()[0] in ("local_states", "o", "dq", "dkdv")
@@ -31,6 +48,45 @@ def test_every_shipped_tile_for_hopper_compiles_within_its_budget(tmp_path):
     assert {"o", "o fresh", "o safe", "o safe fresh", "local_states rev"} <= {row["kernel"] for row in hopper}
     for arch in (80, 100):
         assert {row["kernel"].split()[0] for row in rows if row["arch"] == arch} == everything
+
+
+@pytest.mark.timeout(1800)
+def test_every_shipped_tile_for_hopper_compiles_within_its_budget(tmp_path):
+    check(known_rows(lambda: compiled(tmp_path)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiled_again_every_row_is_the_recorded_one(tmp_path):
+    rows, recorded = compiled(tmp_path), json.loads(RECORD.read_text())["rows"]
+    check(rows)
+    assert all(row in recorded for row in rows)
+
+
+@pytest.mark.parametrize("change", ["a kernel", "a tile", "a launch", "a budget", "triton"])
+def test_what_changes_the_code_is_compiled_again(monkeypatch, change):
+    import triton
+
+    from lasp.kernels import aot
+    from lasp.kernels.triton_linear import operator as lightning
+    from lasp.kernels.triton_linear import tiles as triton_tiles
+
+    assert known_rows(lambda: "compiled") == json.loads(RECORD.read_text())["rows"]
+    if change == "a kernel":
+        read = Path.read_text
+        kernel = Path(sys.modules[lightning.scan_states.fn.__module__].__file__)
+        other = lambda path: read(path) + "\n    pass" * (path == kernel)  # noqa: E731
+        monkeypatch.setattr(Path, "read_text", other)
+    elif change == "a tile":
+        fitted = triton_tiles.fit
+        monkeypatch.setattr(triton_tiles, "fit", lambda *args: fitted(*args) | {"o": triton_tiles.Tile(16, 1, 1)})
+    elif change == "a launch":
+        monkeypatch.setattr(lightning, "TOKEN", 3)
+    elif change == "a budget":
+        monkeypatch.setattr(aot, "SPILL_BYTES_OTHERWISE", 63)
+    else:
+        monkeypatch.setattr(triton, "__version__", "3.0")
+    assert known_rows(lambda: "compiled") == "compiled"
 
 
 def test_what_exceeds_its_budget_is_a_fault():
@@ -89,6 +145,6 @@ def test_unknown_kernels_are_refused(capsys):
 def test_the_table_in_the_docs_is_that_of_the_recorded_run():
     from lasp.kernels.aot import table
 
-    report = json.loads((ROOT / "benchmarks/results/aot.json").read_text())
+    report = json.loads(RECORD.read_text())
     assert not any(row["fault"] for row in report["rows"])
     assert table(report["rows"]) in (ROOT / "docs/kernels.md").read_text()

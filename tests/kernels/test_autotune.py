@@ -45,10 +45,10 @@ def tune_with_fake_times(_group, path, asked, fastest):
 
 @needs_triton
 @pytest.mark.parametrize("decay", DECAYS)
-def test_the_fastest_tile_of_each_kernel_is_stored(interpreters, tmp_path, decay):
+def test_the_fastest_tile_of_each_kernel_is_stored(ranks, tmp_path, decay):
     path, fastest = tmp_path / "tiles.json", Tile(32, 8, 2)
     asked = Entry(90, 64, decay, False, False)
-    found, tried, used = interpreters.run(tune_with_fake_times, str(path), asked, fastest, size=1)[0]
+    found, tried, used = ranks.run(tune_with_fake_times, str(path), asked, fastest, size=1)[0]
     assert tried == 4 * 8  # four launches; blocks of 32 and 64, two numbers of warps, two of stages
     assert found == used == dict.fromkeys(KERNELS, fastest)
     assert json.loads(path.read_text()) == {str(asked): {name: [32, 8, 2] for name in KERNELS}}

@@ -5,7 +5,7 @@ from lasp.kernels import softmax
 from lasp.kernels.softmax import softmax_backward, softmax_forward
 from lasp.kernels.softmax_parts import add_gradients, add_keys
 from tests.harness import assert_close, relative_error
-from tests.kernels.test_softmax import NAMES, TOLERANCE, expected, make, packed_backward, packed_forward
+from tests.kernels.softmax_cases import NAMES, TOLERANCE, expected, make, packed_backward, packed_forward
 
 SQUARES = [(0, 20, 0, 20), (20, 41, 20, 41), (41, 50, 41, 50)]  # two halves of a document, and another one
 RECTANGLES = [(20, 41, 7, 20), (20, 41, 0, 5), (20, 30, 5, 7), (30, 41, 5, 7)]

@@ -1,28 +1,15 @@
 """A collective has a number and a place, the same on every rank; when it fails, the error says who is missing."""
 
 import re
-import time
-from datetime import timedelta
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from lasp import CPContext, SequenceLayout, comm
-from tests.lasp.test_model import CONV, make_model
-
-
-class Places(comm.Observer):
-    """Numbers and places in the order in which this rank entered them."""
-
-    def __init__(self):
-        self.seen, self.open = [], set()
-
-    def entered(self, call):
-        self.seen.append((call.number, call.place))
-        self.open.add(call)
-
-    def left(self, call):
-        self.open.remove(call)
+from lasp.comm import calls
+from tests.lasp.models import CONV, make_model
+from tests.lasp.places import Places
 
 
 def _numbers(group):
@@ -80,26 +67,24 @@ def test_a_place_is_layer_operator_and_direction(ranks):
     assert again == [*first[:3], f"{conv}, forward", *first[3:5], f"{softmax}, forward", *first[5:]]
 
 
-def _out_of_step(group):
+def _out_of_step(group, limit_s):
     """Rank 0 leaves out a collective, so its second one meets the others' third."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
     x = torch.ones(dist.get_world_size(group), 3)
-    try:
-        comm.all_gather(x, group).wait()
-        if dist.get_rank() != 0:
+    with mock.patch.object(calls, "_SILENCE_S", limit_s):
+        try:
             comm.all_gather(x, group).wait()
-        comm.reduce_scatter(x, group).wait()
-    except comm.CommError as error:
-        return str(error)
+            if dist.get_rank() != 0:
+                comm.all_gather(x, group).wait()
+            comm.reduce_scatter(x, group).wait()
+        except comm.CommError as error:
+            return str(error)
 
 
-def _late(group):
+def _late(group, limit_s):
     """Rank 1 does not come to the second one."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), group)
     comm.all_gather(torch.ones(3), group).wait()
     if dist.get_rank() == 1:
-        time.sleep(7)
-        return
+        return None
     try:
         with comm.scope("a layer"):
             comm.all_gather(torch.ones(3), group).wait()
@@ -108,15 +93,12 @@ def _late(group):
 
 
 def test_without_a_watchdog_ranks_that_fail_tell_each_other_where(ranks):
-    parted = ranks.run(_out_of_step, size=2)
-    ranks.restart()
-    waiting, _ = ranks.run(_late, size=2)
-    ranks.restart()
-    for message in parted:
+    for message in ranks.run_to_break(_out_of_step, size=2):
         assert re.fullmatch(
             r"the ranks part at collective \d+: rank 0 as \(reduce_scatter\), rank 1 as \(all_gather\)", message
         ), message
+    waiting, _ = ranks.run_to_break(_late, size=2)
     assert re.match(
-        r"rank 1 never reached collective \d+ \(a layer, all_gather\), or died; rank 0 waits there since 3\.\d s",
+        r"rank 1 never reached collective \d+ \(a layer, all_gather\), or died; rank 0 waits there since [\d.]+ s",
         waiting,
     ), waiting

@@ -7,7 +7,7 @@ from lasp import CPContext
 from lasp.models.generation import generate
 from lasp.models.presets import MIXER_PRESETS
 from tests.harness import assert_close
-from tests.lasp.test_model import CONV, make_model, tokens_like
+from tests.lasp.models import CONV, make_model, tokens_like
 
 SETTINGS = {
     **{name: {"mixer": name, "pattern": "L"} for name in MIXER_PRESETS},

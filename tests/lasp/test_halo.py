@@ -1,5 +1,3 @@
-import random
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,49 +11,7 @@ from lasp.halo import HaloExchange, HaloPlan, HaloReturn, halo_plan
 from lasp.kernels import reference
 from lasp.layout import SequenceLayout
 from tests.harness import assert_close, relative_error
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-PACKED = (0, 5, 5, 6, 29, 41)  # an empty document, one of a single token, borders that no cut meets
-
-
-def tiling(borders, size, fragments, seed):
-    """Fragments of random lengths, dealt to ranks in random order."""
-    rng = random.Random(seed)
-    total = borders if isinstance(borders, int) else borders[-1]
-    edges = [0, *sorted(rng.sample(range(1, total), fragments - 1)), total]
-    owners = [*range(size), *(rng.randrange(size) for _ in range(fragments - size))]
-    rng.shuffle(owners)
-    pieces = list(zip(edges, edges[1:], owners, strict=False))
-    rng.shuffle(pieces)
-    owned = [[(a, b) for a, b, owner in pieces if owner == rank] for rank in range(size)]
-    return SequenceLayout((0, total) if isinstance(borders, int) else borders, owned)
-
-
-def layouts(size):
-    """The layouts that every distributed test runs on."""
-    return {
-        "contiguous": SequenceLayout.contiguous(23, size),
-        "zigzag": SequenceLayout.zigzag(37, size),
-        "packed contiguous": SequenceLayout.contiguous(PACKED, size),
-        "packed zigzag": SequenceLayout.zigzag(PACKED, size),
-        "packed reordered": tiling(PACKED, size, 9, 1),
-        "tiny fragments": tiling(27, size, 19, 2),
-        "aligned documents": SequenceLayout.contiguous([0, *(7 * r + 7 for r in range(size))], size),
-    }
-
-
-@st.composite
-def random_layouts(draw, max_size=4):
-    size = draw(st.integers(1, max_size))
-    total = draw(st.integers(size, 40))
-    borders = (0, *sorted(draw(st.lists(st.integers(0, total), max_size=5))), total)
-    fragments = draw(st.integers(size, min(total, 4 * size)))
-    return tiling(borders, size, fragments, draw(st.integers(0, 10**6)))
-
-
-def draw_tensors(seed, *shapes):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+from tests.lasp.layout_cases import PACKED, TOLERANCE, draw_tensors, layouts, random_layouts, tiling
 
 
 def check_convolution(group, name, layout, batch, width, activation, has_bias, dtype):

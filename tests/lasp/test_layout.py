@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from lasp import CPContext, SequenceLayout
 from lasp.context.chains import ChainPlan
+from tests.lasp.layout_cases import any_layouts
 
 EXAMPLE = (0, 5, 12)  # the worked example of the glossary
 
@@ -21,22 +22,8 @@ def test_the_worked_example():
     assert [[s.cp_rank for s in chain] for chain in zigzag.chains] == [[0, 1], [1, 1, 0]]
 
 
-@st.composite
-def layouts(draw, max_ranks=4, max_tokens=40):
-    """Any tiling of any documents: random cuts dealt to random ranks in random order."""
-    total = draw(st.integers(max_ranks, max_tokens))
-    borders = sorted(draw(st.lists(st.integers(0, total), max_size=6)))
-    cp_size = draw(st.integers(1, max_ranks))
-    count = draw(st.integers(cp_size, min(total, 2 * cp_size + 2)))
-    cuts = sorted(draw(st.sets(st.integers(1, total - 1), min_size=count - 1, max_size=count - 1)))
-    pieces = draw(st.permutations(list(zip([0, *cuts], [*cuts, total], strict=True))))
-    owners = [*range(cp_size), *(draw(st.integers(0, cp_size - 1)) for _ in range(count - cp_size))]
-    fragments = [[p for p, o in zip(pieces, owners, strict=True) if o == r] for r in range(cp_size)]
-    return SequenceLayout((0, *borders, total), fragments)
-
-
 @settings(max_examples=60, deadline=None)
-@given(layout=layouts())
+@given(layout=any_layouts())
 def test_shards_tile_the_sequence_and_positions_restart_in_each_document(layout):
     x = torch.randn(2, layout.total_tokens, 3)
     parts = [layout.shard(x, r) for r in range(layout.cp_size)]
@@ -57,7 +44,7 @@ def test_shards_tile_the_sequence_and_positions_restart_in_each_document(layout)
 
 
 @settings(max_examples=60, deadline=None)
-@given(layout=layouts(), causal=st.booleans(), finals=st.booleans())
+@given(layout=any_layouts(), causal=st.booleans(), finals=st.booleans())
 def test_slots_carry_everything_that_the_folds_read(layout, causal, finals):
     finals = finals and causal
     plans = [ChainPlan.make(layout, r, causal=causal, final_states=finals) for r in range(layout.cp_size)]

@@ -10,19 +10,19 @@ from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.kernels.reference import recurrence
 from lasp.linear import _announce, _has_triton, _why_not_triton
 from tests.harness import assert_close
-from tests.lasp.linear_cases import GATES, PACKED, Case, matrix, special, worst, worst_in_small_tiles
+from tests.lasp.linear_cases import GATES, PACKED, Case, known, matrix, special, worst, worst_in_small_tiles
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_one_device_equals_the_reference(dtype, tolerance):
-    cases = [replace(case, dtype=dtype) for case in matrix() + special()]
+    cases = known(replace(case, dtype=dtype) for case in matrix() + special())
     count, failures = worst(None, cases, tolerance)
     assert count > 200 and not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 def test_states_travel_through_many_tiles(chunks):
-    cases = [replace(case, dtype=torch.float64) for case in matrix() + special()]
+    cases = known(replace(case, dtype=torch.float64) for case in matrix() + special())
     count, failures = worst_in_small_tiles(None, cases, 1e-12, chunks)
     assert count > 200 and not failures, "\n".join(failures)
 
@@ -44,11 +44,11 @@ def test_nothing_is_left_of_what_came_before_a_full_reset(gate):
 def test_strong_decay_keeps_the_accuracy_of_weak_decay(gate):
     # chunks differ, so the budget is the error of the same op at weak decay, times a small factor
     case = Case(gate, borders=(0, 130, 300), key_dim=16, value_dim=16)
-    weak = worst(None, [case], 0.0)[1]
+    weak = worst(None, known([case]), 0.0)[1]
     budget = 4 * max(float(line.rsplit(" ", 1)[1]) for line in weak)
     assert budget < 1e-5
     for strength in (10.0, 100.0, 3000.0):
-        _, failures = worst(None, [replace(case, strength=strength)], budget)
+        _, failures = worst(None, known([replace(case, strength=strength)]), budget)
         assert not failures, "\n".join(failures)
 
 

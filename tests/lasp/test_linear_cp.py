@@ -1,8 +1,6 @@
 """linear_attention with the sequence cut over gloo ranks: exact against one device, one message per direction."""
 
-import time
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
@@ -11,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lasp import CPContext, SequenceLayout, comm, linear_attention
-from tests.lasp.linear_cases import GATES, Case, matrix, special, worst, worst_in_small_tiles
-from tests.lasp.test_layout import layouts
+from tests.lasp.layout_cases import any_layouts
+from tests.lasp.linear_cases import GATES, Case, known, matrix, special, worst, worst_in_small_tiles
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_every_gate_and_layout_equals_the_reference_on_every_rank(ranks, size):
-    results = ranks.run(worst, matrix() + special(), 1e-5, size=size)
+    results = ranks.run(worst, known(matrix() + special()), 1e-5, size=size)
     assert all(count > 200 for count, _ in results)
     failures = [f"rank {r}: {line}" for r, (_, lines) in enumerate(results) for line in lines]
     assert not failures, "\n".join(failures)
@@ -25,12 +23,12 @@ def test_every_gate_and_layout_equals_the_reference_on_every_rank(ranks, size):
 
 def test_float64_is_exact_to_rounding(ranks):
     cases = [replace(c, dtype=torch.float64) for c in matrix(layouts=("zigzag", "uneven")) + special()]
-    for _, failures in ranks.run(worst, cases, 1e-12, size=4):
+    for _, failures in ranks.run(worst, known(cases), 1e-12, size=4):
         assert not failures, "\n".join(failures)
 
 
 def test_states_travel_through_many_tiles_and_ranks(ranks):
-    cases = [replace(c, dtype=torch.float64) for c in matrix() + special()]
+    cases = known(replace(c, dtype=torch.float64) for c in matrix() + special())
     for size, chunks in ((2, 1), (3, 2), (4, 1)):
         for _, failures in ranks.run(worst_in_small_tiles, cases, 1e-12, chunks, size=size):
             assert not failures, "\n".join(failures)
@@ -39,14 +37,15 @@ def test_states_travel_through_many_tiles_and_ranks(ranks):
 @pytest.mark.parametrize("gate", ["fixed", "token", "channel"])
 def test_strong_decay_costs_no_accuracy_when_cut(ranks, gate):
     case = Case(gate, "zigzag", borders=(0, 130, 300), key_dim=16, value_dim=16)
-    unsharded = worst(None, [case], 0.0)[1]
+    unsharded = worst(None, known([case]), 0.0)[1]
     budget = 4 * max(float(line.rsplit(" ", 1)[1]) for line in unsharded)
-    for _, failures in ranks.run(worst, [replace(case, strength=s) for s in (1.0, 100.0, 3000.0)], budget, size=4):
+    cases = known(replace(case, strength=s) for s in (1.0, 100.0, 3000.0))
+    for _, failures in ranks.run(worst, cases, budget, size=4):
         assert not failures, "\n".join(failures)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(layout=layouts(), gate=st.sampled_from(GATES), causal=st.booleans(), seed=st.integers(0, 1000))
+@given(layout=any_layouts(), gate=st.sampled_from(GATES), causal=st.booleans(), seed=st.integers(0, 1000))
 def test_random_layouts(ranks, layout, gate, causal, seed):
     case = Case(
         gate if causal else "none",
@@ -56,7 +55,7 @@ def test_random_layouts(ranks, layout, gate, causal, seed):
         dtype=torch.float64,
         seed=seed,
     )
-    for _, failures in ranks.run(worst, [case], 1e-11, size=layout.cp_size):
+    for _, failures in ranks.run(worst, known([case]), 1e-11, size=layout.cp_size):
         assert not failures, f"{layout}\n" + "\n".join(failures)
 
 
@@ -147,29 +146,24 @@ def test_faults_that_all_ranks_share_raise_everywhere_before_any_traffic(ranks):
     assert ranks.run(shared_fault, size=2) == [{}, {}]
 
 
-def one_rank_missing(group):
+def one_rank_missing(group, limit_s):
     """Rank 1 refuses its own bad tensor; the others end by timeout and say who is missing."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=4), group)
     cp = CPContext(SequenceLayout.contiguous(30, dist.get_world_size(group)), group)
     q = torch.zeros(1, 10 if cp.cp_rank != 1 else 9, 1, 4)
-    started = time.monotonic()
     try:
         linear_attention(q, q, q, cp=cp)
     except (ValueError, RuntimeError) as error:
-        return type(error).__name__, str(error), time.monotonic() - started
-    return "nothing", "", 0.0
+        return type(error).__name__, str(error)
+    return "nothing", ""
 
 
 def test_a_rank_that_never_arrives_is_named_by_those_that_wait(ranks):
-    results = ranks.run(one_rank_missing, size=3)
-    ranks.restart()
+    results = ranks.run_to_break(one_rank_missing, size=3)
     assert results[1][0] == "ValueError" and "must hold the 10 tokens of cp rank 1" in results[1][1]
     for rank in (0, 2):
-        kind, message, seconds = results[rank]
-        assert (
-            kind == "CommError" and "rank 1 never reached collective" in message and "(linear, forward)" in message
-        ), message
-        assert seconds < 20
+        kind, message = results[rank]
+        named = "rank 1 never reached collective" in message and "(linear, forward)" in message
+        assert kind == "CommError" and named, message
 
 
 def outputs_that_move(group, gate):

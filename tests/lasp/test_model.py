@@ -9,18 +9,7 @@ from lasp.models.features import init_normal
 from lasp.models.linear_llama import LinearLlama, num_parameters
 from lasp.models.presets import MIXER_PRESETS
 from tests.harness import assert_close, relative_error
-
-BASE = {"vocab_size": 32, "dim": 16, "num_layers": 3, "pattern": "SL", "heads": 2, "ffn_dim": 24}
-CONV = {"preset": "gla", "conv_width": 4, "conv_activation": "silu"}
-
-
-def make_model(seed=0, dtype=torch.float64, **fields) -> LinearLlama:
-    config = ModelConfig.from_dict({**BASE, **fields})
-    return LinearLlama(config, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def tokens_like(*shape):
-    return torch.randint(0, BASE["vocab_size"], shape)
+from tests.lasp.models import BASE, CONV, make_model, tokens_like
 
 
 @pytest.mark.parametrize("name", MIXER_PRESETS)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from lasp import CPContext, SequenceLayout, comm
 from tests.harness import assert_close
-from tests.lasp.test_model import CONV, make_model, tokens_like
+from tests.lasp.models import CONV, make_model, tokens_like
 
 SETTINGS = {
     "basic": {"mixer": "basic", "pattern": "LLS"},

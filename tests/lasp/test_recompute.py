@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from lasp import CPContext, SequenceLayout, comm, linear_attention
 from lasp.models.recompute import recompute
-from tests.lasp.test_model import make_model, tokens_like
+from tests.lasp.models import make_model, tokens_like
 
 
 def step(group, tokens, recompute):

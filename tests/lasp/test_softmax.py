@@ -17,14 +17,10 @@ from lasp.kernels import reference
 from lasp.layout import SequenceLayout
 from lasp.softmax import gather as softmax_gather
 from tests.harness import assert_close, relative_error
-from tests.lasp.test_halo import PACKED, TOLERANCE, draw_tensors, layouts, random_layouts
+from tests.lasp.layout_cases import PACKED, TOLERANCE, layouts, random_layouts
+from tests.lasp.softmax_cases import make
 
 NAMES = ("q", "k", "v")
-
-
-def make(seed, batch, length, heads, kv_heads, dim, value_dim):
-    shapes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim), (heads, value_dim)
-    return draw_tensors(seed, *((batch, length, *shape) for shape in shapes))
 
 
 def check_attention(group, name, layout, batch, heads, dims, dtype, **options):

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from lasp.launch.config.schema import load_config
+from lasp.launch.doctor.examine import Findings, host
 from lasp.launch.doctor import examine as doctor
-from lasp.launch.doctor import host
-from lasp.launch.doctor.examine import Findings
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import tiny_config, tiny_yaml
 from tests.launch.test_cli import COMMAND, _run_main

@@ -11,11 +11,11 @@ from lasp import cost
 from lasp.cost.fabric import Fabric
 from lasp.launch.cli import cli
 from lasp.launch.config.schema import checked
-from lasp.launch.plan import search as plan
 from lasp.launch.plan.activations import Load
 from lasp.launch.plan.question import Job, device_of, parse_bytes, parse_size
 from lasp.launch.plan.roofline import EFFICIENCY, predict_work
 from lasp.launch.plan.search import make_plan, nothing_fits
+from lasp.launch.plan import search as plan
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import num_parameters
 
