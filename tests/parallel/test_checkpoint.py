@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -68,6 +69,23 @@ def test_only_the_newest_are_kept(tmp_path):
         _save(tmp_path, 4, keep=0)
 
 
+def test_a_removal_that_stops_halfway_leaves_no_checkpoint_that_looks_damaged(tmp_path):
+    """Neither of one that is too old nor of one that is saved again."""
+
+    def stops(path, **_):
+        (path / "state.json").unlink()
+
+    for steps in (1, 2, 3), (3,):
+        with mock.patch("lasp.parallel.checkpoints.saver.shutil.rmtree", stops):
+            for step in steps:
+                _save(tmp_path, step, keep=2)
+        found = checkpoints.list_checkpoints(tmp_path)
+        assert [checkpoints.load(path).step for path in found] == [2, 3]
+        assert len(list(tmp_path.glob(".tmp-old-*"))) == 1
+        _save(tmp_path, 3, keep=2)  # removes what was left
+        assert sorted(os.listdir(tmp_path)) == ["step-00000002", "step-00000003"]
+
+
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("broken", ["write_tensors", "fingerprint", "_flush_to_disk", "os.rename"])
 def test_a_failed_save_leaves_the_older_checkpoint(tmp_path, monkeypatch, broken, background):
@@ -86,15 +104,17 @@ def test_a_failed_save_leaves_the_older_checkpoint(tmp_path, monkeypatch, broken
 
 
 SAVING = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
-from lasp.parallel.mesh import Mesh
-from lasp.parallel.checkpoints.saver import Saver
 from tests.parallel.test_checkpoint import _save
 torch.set_num_threads(1)
-print("ready", flush=True)
-for line in sys.stdin:  # a step to begin at
+for line in sys.stdin:  # a step to begin at: a child does nothing but save
+    if child := os.fork():
+        os.waitpid(child, 0)
+        print("ended", flush=True)
+        continue
     step = int(line)
+    print(os.getpid(), flush=True)
     while True:
         _save(Path(sys.argv[1]), step, keep=2, background=step % 2 == 0)
         step += 1
@@ -105,17 +125,17 @@ for line in sys.stdin:  # a step to begin at
 def _kill_while_saving(folder, moments):
     """A process that does nothing but save is killed after each of these seconds; its newest checkpoint stays good."""
     last = 0
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SAVING, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     for moment in moments:
-        child = subprocess.Popen(
-            [sys.executable, "-c", SAVING, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert child.stdout.readline() == "ready\n"
-        child.stdin.write(f"{last + 1}\n")
-        child.stdin.flush()
-        assert child.stdout.readline() == f"{last + 2}\n"
+        parent.stdin.write(f"{last + 1}\n")
+        parent.stdin.flush()
+        child = int(parent.stdout.readline())
+        assert parent.stdout.readline() == f"{last + 2}\n"
         time.sleep(moment)
-        child.send_signal(signal.SIGKILL)
-        done = child.communicate(timeout=30)[0].split()
+        os.kill(child, signal.SIGKILL)
+        done = list(iter(parent.stdout.readline, "ended\n"))
         finished = int(done[-1]) - 1 if done else last + 1
         found = checkpoints.load_newest(folder, pytest.fail)  # no damaged one has a checkpoint's name
         assert finished <= found.step <= finished + 1
@@ -124,6 +144,7 @@ def _kill_while_saving(folder, moments):
         last = found.step
         leftovers = [path for path in folder.iterdir() if not path.name.startswith("step-")]
         assert len(leftovers) <= 2  # one that was being written, one that was being deleted
+    parent.communicate(timeout=30)
     _save(folder, last + 1, keep=2)
     assert all(path.name.startswith("step-") for path in folder.iterdir())
 
