@@ -93,6 +93,7 @@ def _serve(rank: int, world_size: int, backend: str, rendezvous: str, pipe):
         except Exception:
             pipe.send((False, traceback.format_exc()))
 
+
 def _let_go(own: set) -> None:
     """Destroy the groups that a case made: each has threads of gloo that wake a hundred times a second."""
     made = [group for group in dist.distributed_c10d._world.pg_map if group not in own]
@@ -101,7 +102,6 @@ def _let_go(own: set) -> None:
     if made:
         del group, made
         gc.collect()
-
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from lasp.launch import local
 from lasp.launch.cli import cli, main
+from lasp.launch.rendezvous import Job, open_store, report_error
 from lasp.launch.report import read_metrics
 from lasp.launch.token_files import TokenFile
 from lasp.launch.train import train
@@ -127,6 +128,18 @@ def test_a_rank_that_fails_shows_its_own_error_once(tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.count("model.vocab_size is 100") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_ranks_that_fail_one_second_apart_the_earlier_is_shown(monkeypatch, first):
+    """The other one is its victim; a rank without a report is no cause."""
+    store = open_store()
+    for rank, second in ((first, 100.0), (1 - first, 101.0)):
+        monkeypatch.setattr("time.time", lambda second=second: second)
+        job = Job(rank=rank, world_size=3, port=store.port)
+        report_error(store, job, f"rank {rank} has no data.", "its traceback", expected=True)
+    failure = local.explain_failure([1, 1, 1], store)
+    assert str(failure) == f"rank {first} has no data." and failure.details == "its traceback"
 
 
 def test_errors_are_one_clean_message(tmp_path, monkeypatch, capsys):
