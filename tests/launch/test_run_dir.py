@@ -11,8 +11,7 @@ from lasp.launch.token_files import write_token_file
 from lasp.launch.tokenizer import BYTES, ByteTokenizer, fingerprint, load_tokenizer
 from lasp.launch.train import train
 from lasp.parallel import checkpoint as checkpoints
-from tests.launch.helpers import TEXTS, tiny_config, tiny_yaml, tokenizer_file
-from tests.launch.test_train import _train_on_ranks
+from tests.launch.helpers import TEXTS, tiny_config, tiny_yaml, tokenizer_file, train_on_ranks
 
 
 class OtherTokenizer(ByteTokenizer):
@@ -154,7 +153,7 @@ def test_a_step_without_a_label_is_an_error(tmp_path):
 
 def _refusal(group, path, overrides):
     try:
-        _train_on_ranks(group, path, overrides)
+        train_on_ranks(group, path, overrides)
     except ValueError as error:
         return str(error)
 
