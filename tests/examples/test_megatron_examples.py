@@ -6,10 +6,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-
-from tests.parallel.megatron.test_refusals import Group, config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "megatron_gpt.py"
@@ -108,19 +107,24 @@ def command(tmp_path):
     return {words[a]: words[a + 1 : b] for a, b in zip(starts, starts[1:], strict=False)}
 
 
+def group(size):
+    """A process group that nothing is sent on."""
+    return SimpleNamespace(size=lambda: size, rank=lambda: 0)
+
+
 def test_layers_accept_the_options_of_the_command_line(command, monkeypatch):
     """With heads of 8 channels and on one rank; every layer of the model is built."""
-    from types import SimpleNamespace
-
     from megatron.core.transformer.spec_utils import import_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
     assert command["--seed"] == ["7"] and command["--data-path"] == ["text"]
     assert "--no-create-attention-mask-in-dataloader" in command
     names = "num-layers num-attention-heads num-query-groups attention-dropout hidden-dropout context-parallel-size"
     given = {name.replace("-", "_"): int(command[f"--{name}"][0]) for name in names.split()}
     monkeypatch.syspath_prepend(ROOT / "examples")
-    groups = SimpleNamespace(tp=Group(1), cp=Group(given["context_parallel_size"]), pp=Group(1))
-    settings = config(**given, hidden_size=8 * given["num_attention_heads"], cp_comm_type=command["--cp-comm-type"][0])
+    groups = SimpleNamespace(tp=group(1), cp=group(given["context_parallel_size"]), pp=group(1))
+    own = {"hidden_size": 8 * given["num_attention_heads"], "cp_comm_type": command["--cp-comm-type"][0]}
+    settings = TransformerConfig(**given, **own, use_cpu_initialization=True)
     spec, layers = import_module(command["--spec"]), range(1, settings.num_layers + 1)
     cores = [spec(config=settings, layer_number=n, pg_collection=groups).self_attention.core_attention for n in layers]
     assert "".join(type(core).__name__[0] for core in cores) == "LLLS" * (len(cores) // 4)

@@ -4,8 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 
 import pytest
 
@@ -13,7 +11,7 @@ from lasp.launch.bench import virtual_cluster
 from lasp.launch.bench.exchange import Cell, Settings, measure_cell, summarise
 from lasp.launch.bench.ranks import virtual_ranks
 from lasp.launch.bench.virtual_cluster import VirtualCluster, why_not
-from tests.launch.test_cli import COMMAND
+from tests.launch.helpers import forked, forked_main, wait_until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,28 +53,25 @@ def test_an_error_and_a_dead_owner_leave_no_namespace(tmp_path):
         raise RuntimeError("on purpose")
     assert _left(os.getpid()) == []
 
-    code = "import os, sys; from lasp.launch.bench.virtual_cluster import VirtualCluster\n"
-    code += "VirtualCluster(2, 1e9).__enter__(); print(os.getpid(), flush=True); os.kill(os.getpid(), 9)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    pid = int(done.stdout)
-    assert len(_left(pid)) == 3
+    def die():
+        VirtualCluster(2, 1e9).__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with forked(die, tmp_path / "output") as owner:
+        owner.join(60)
+    assert owner.exitcode == -signal.SIGKILL and len(_left(owner.pid)) == 3
     with VirtualCluster(1, 1e9):
-        assert _left(pid) == []
+        assert _left(owner.pid) == []
 
 
 def test_a_signal_ends_ranks_and_namespaces(tmp_path):
     arguments = ["bench", "exchange", "--virtual", "--hosts", "2", "--ranks", "1", "--output", str(tmp_path / "out")]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        deadline = time.monotonic() + 60
-        while not (names := _left(process.pid)) or not _pids(names):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        text, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and "interrupted" in text, text
+    with forked_main(arguments, tmp_path / "said") as process:
+        wait_until(lambda: (names := _left(process.pid)) and _pids(names), process, tmp_path / "said", 200)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(100)
+    text = (tmp_path / "said").read_text()
+    assert process.exitcode == 130 and "interrupted" in text, text
     assert _left(process.pid) == [] and not (tmp_path / "out").exists()
 
 

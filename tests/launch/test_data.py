@@ -127,6 +127,22 @@ def test_a_tokenizer_file_round_trips_and_is_checked(tmp_path, prepared):
         load_tokenizer(str(path))
 
 
+def test_special_tokens_that_a_tokenizer_file_would_add_are_left_out(tmp_path):
+    """Its post-processor puts an end before and after every text; a document gets one, after it, and a prompt none."""
+    tokenizers = pytest.importorskip("tokenizers")
+    plain = load_tokenizer(str(tokenizer_file(tmp_path)))
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "bpe.json"))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    backend.save(str(tmp_path / "template.json"))
+    assert backend.encode(TEXTS[1]).ids == [0, *plain.encode(TEXTS[1]), 0]
+    tokenizer = load_tokenizer(str(tmp_path / "template.json"))
+    assert tokenizer.encode(TEXTS[1]) == plain.encode(TEXTS[1])
+    file = write_token_file(tmp_path / "words", TEXTS, tokenizer)
+    assert file.document(1).tolist() == [*plain.encode(TEXTS[1]), 0]
+
+
 def test_bytes_round_trip_even_where_they_are_no_text(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     tokenizer = ByteTokenizer()

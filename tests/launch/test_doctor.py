@@ -1,7 +1,8 @@
 """``lasp doctor`` says what is wrong, and nothing where nothing is."""
 
+import contextlib
+import io
 import os
-import subprocess
 from collections import namedtuple
 from unittest import mock
 
@@ -12,37 +13,25 @@ from lasp.launch.config.schema import load_config
 from lasp.launch.doctor.examine import Findings, host
 from lasp.launch.doctor import examine as doctor
 from lasp.parallel.mesh import Mesh
-from tests.launch.helpers import tiny_config, tiny_yaml
-from tests.launch.test_cli import COMMAND, _run_main
+from tests.launch.helpers import forked_main, run_main, tiny_config, tiny_yaml
 
 Usage = namedtuple("Usage", "total used free")
 
 
-def _doctor(tmp_path, *arguments, **environment):
-    return subprocess.run(
-        [*COMMAND, "doctor", str(tiny_yaml(tmp_path)), *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
 def test_a_sound_machine_has_nothing_wrong(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["lasp", "doctor"])
-    from lasp.launch.cli import main
-
-    main()
+    assert run_main(monkeypatch, "doctor") == 0
     out = capsys.readouterr().out
     assert "nothing is wrong" in out and torch.__version__ in out and "/dev/shm" in out and "open files" in out
-    assert _run_main(monkeypatch, "doctor", "--cp", "2") == 1
+    assert run_main(monkeypatch, "doctor", "--cp", "2") == 1
     assert "--cp has no effect without CONFIG" in capsys.readouterr().err
 
 
 def test_ranks_under_torchrun_are_examined_together(tmp_path):
-    done = _doctor(tmp_path, "launcher=torchrun", "layout=zigzag", "--cp", "2")
-    assert done.returncode == 0, done.stdout + done.stderr
-    text = done.stdout
+    arguments = ["doctor", tiny_yaml(tmp_path), "launcher=torchrun", "layout=zigzag", "--cp", "2"]
+    with forked_main(arguments, tmp_path / "output") as job:
+        job.join(250)
+    text = (tmp_path / "output").read_text()
+    assert job.exitcode == 0, text
     assert "torch.distributed.run --nnodes 1 --nproc-per-node 2 --max-restarts 0 " in text and " doctor " in text
     assert "0" * 16 + "1" * 32 + "0" * 16 + "  zigzag, by cp_rank" in text
     assert "dp 0 cp 1" in text and "[16, 32), [32, 48)" in text and "2 rank(s): yes" in text
@@ -53,11 +42,33 @@ def test_ranks_under_torchrun_are_examined_together(tmp_path):
     assert "rank 1  " in text and " ms " in text and "nothing is wrong" in text
 
 
-def test_what_is_wrong_ends_with_exit_code_1_and_its_remedy(tmp_path):
-    done = _doctor(tmp_path, "--cp", "2", NCCL_SOCKET_IFNAME="nosuch0")
-    assert done.returncode == 1 and "nothing is wrong" not in done.stdout
-    assert "NCCL_SOCKET_IFNAME=nosuch0, and" in done.stdout and "Set torchrun.interface" in done.stdout
-    assert done.stderr == "error: doctor: 1 problem(s), with their remedies in the report above.\n"
+def test_what_is_wrong_ends_with_exit_code_1_and_its_remedy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nosuch0")
+    assert run_main(monkeypatch, "doctor", tiny_yaml(tmp_path)) == 1
+    out, err = capsys.readouterr()
+    assert "nothing is wrong" not in out
+    assert "NCCL_SOCKET_IFNAME=nosuch0, and" in out and "Set torchrun.interface" in out
+    assert err == "error: doctor: 1 problem(s), with their remedies in the report above.\n"
+
+
+def _examined(group, path):
+    """What doctor says on this rank, and how it ends, where the last rank alone has a fault."""
+    fault = {"NCCL_SOCKET_IFNAME": "nosuch0"} if group.rank() == 3 else {}
+    try:
+        with (
+            mock.patch.dict(os.environ, fault),
+            mock.patch.object(doctor, "process_group", lambda *_: contextlib.nullcontext()),
+            contextlib.redirect_stdout(io.StringIO()) as out,
+        ):
+            doctor.examine(load_config(path, ["cp=4"]))
+    except ValueError as error:
+        return out.getvalue(), str(error)
+
+
+def test_a_fault_of_one_rank_ends_every_rank(ranks, tmp_path):
+    (report, first), *others = ranks.run(_examined, tiny_yaml(tmp_path), size=4)
+    assert "NCCL_SOCKET_IFNAME=nosuch0, and" in report and first.startswith("doctor: 1 problem(s)")
+    assert others == [("", first)] * 3
 
 
 def _skews(group, ahead):

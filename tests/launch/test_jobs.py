@@ -2,12 +2,11 @@
 
 import contextlib
 import fcntl
-import os
-import signal
+import re
 import socket
 import subprocess
-import sys
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,26 +15,15 @@ import torch
 from torch.distributed import TCPStore
 
 from lasp.comm import CommError
-from lasp.launch.cli import main
 from lasp.launch.config.schema import load_config
-from lasp.launch.run import run_dir
+from lasp.launch.launchers import local
+from lasp.launch.run import rendezvous, run_dir
 from lasp.launch.run.rendezvous import Job, open_store, process_group
 from lasp.launch.run.report import read_metrics
 from lasp.launch.train import train
 from lasp.parallel.checkpoints.saver import Saver
 from lasp.parallel.mesh import Mesh
-from tests.launch.helpers import tiny_yaml
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from lasp.launch.run import run_dir
-from lasp.parallel.mesh import Mesh
-from lasp.parallel.checkpoints.saver import Saver
-with run_dir.locked(Path(sys.argv[1]), Mesh.build()):
-    print("holds", flush=True)
-    time.sleep(60)
-"""
+from tests.launch.helpers import forked, run_main, tiny_yaml, wait_until
 
 
 def _steps(folder):
@@ -140,28 +128,14 @@ def test_ranks_that_do_not_come_are_named(free_port, rank, message):
         pytest.fail("nobody else came")
 
 
-CLIENT = """
-import sys
-from datetime import timedelta
-from lasp.launch.run import rendezvous
-rendezvous._FOREIGN_S = 0.5
-try:
-    rendezvous.Job(rank=1, world_size=2, port=int(sys.argv[1])).store(timedelta(seconds=5))
-except rendezvous.comm.CommError as error:
-    print(error)
-"""
-
-
-def test_a_server_that_is_no_store_is_refused():
+def test_a_server_that_is_no_store_is_refused(monkeypatch):
     """It takes the connection and never says a word: torch's client would wait for it for ever."""
+    monkeypatch.setattr(rendezvous, "_FOREIGN_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        command = [sys.executable, "-c", CLIENT, str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    place = f"127.0.0.1:{port}"
-    assert (
-        f"who listens at {place} has not answered for 0.5 s and is no store. Choose another MASTER_PORT" in done.stdout
-    )
+        sentence = f"who listens at 127.0.0.1:{port} has not answered for 0.5 s and is no store. Choose another MASTER"
+        with pytest.raises(CommError, match=re.escape(sentence)):
+            Job(rank=1, world_size=2, port=port).store(timedelta(seconds=5))
 
 
 def test_the_local_launchers_store_is_out_of_reach_of_other_machines():
@@ -178,23 +152,25 @@ def test_a_job_that_does_not_come_together_ends_with_one_sentence(tmp_path, monk
     environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["lasp", "train", str(tiny_yaml(tmp_path)), "timeout_s=1"])
-    with pytest.raises(SystemExit, match="1"):
-        main()
+    assert run_main(monkeypatch, "train", tiny_yaml(tmp_path), "timeout_s=1") == 1
     error = capsys.readouterr().err
     assert error.startswith("error: rank 0 of 2 waited") and error.count("\n") == 1 and "rank(s) [1]" in error, error
 
 
 def test_a_second_run_in_a_directory_is_refused_and_a_killed_one_leaves_it_free(tmp_path):
     path = tiny_yaml(tmp_path)
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"holds\n"
-    with pytest.raises(ValueError, match=rf"must hold one run at a time, but process {holder.pid} on \S+ trains"):
-        train(load_config(path, ["steps=2"]))
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
-    holder.send_signal(signal.SIGKILL)
-    holder.wait(30)
-    train(load_config(path, ["steps=2"]))
+
+    def hold():
+        with run_dir.locked(tmp_path / "run", Mesh.build()):
+            print("holds")
+            time.sleep(300)
+
+    with forked(hold, tmp_path / "output") as holder:
+        wait_until(lambda: "holds" in (tmp_path / "output").read_text(), holder, tmp_path / "output")
+        with pytest.raises(ValueError, match=rf"must hold one run at a time, but process {holder.pid} on \S+ trains"):
+            train(load_config(path, ["steps=2"]))
+        assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
+    train(load_config(path, ["steps=2"]))  # killed by then
     train(load_config(path, ["steps=3"]))  # an ended run leaves it free as well
     assert _steps(tmp_path / "run") == [1, 2, 3]
 
@@ -240,13 +216,11 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch)
         assert (tmp_path / "run" / ".lock").exists()
 
 
-def test_a_rank_that_finds_its_launcher_gone_ends():
+def test_a_rank_that_finds_its_launcher_gone_ends(tmp_path):
     store = open_store()
     gone = subprocess.Popen(["true"])
     gone.wait(30)
     job = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    environment = {**os.environ, **job, "LASP_PARENT": str(gone.pid)}
-    rank = subprocess.run(
-        [sys.executable, "-m", "lasp.launch.launchers.local"], env=environment, timeout=60, check=False
-    )
-    assert rank.returncode == 1 and not store.check(["lasp/error/0"])  # it waited for no task
+    with forked(local._child, tmp_path / "output", **job, LASP_PARENT=str(gone.pid)) as rank:
+        rank.join(60)
+        assert rank.exitcode == 1 and not store.check(["lasp/error/0"])  # it waited for no task

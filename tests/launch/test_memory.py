@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lasp.launch.plan.activations import Load, saved_by_block
-from lasp.launch.plan.memory import Setup, predict_memory, total
+from lasp.launch.plan.memory import Setup, block_sizes, predict_memory, total
 from lasp.layout import SequenceLayout
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
@@ -134,6 +134,71 @@ def test_the_papers_model_at_256k_tokens_per_gpu_fits_80_gb():
     assert peak("fsdp2", recompute=True, ffn_tile=8192) < 40e9
     assert peak("fsdp2", ffn_tile=8192) > 80e9
     assert peak("fsdp2", recompute=True) < 80e9
+
+
+# Bytes per parameter of N on R ranks, written out once more: weights, gradients (fp32), master copy (fp32), two moments
+# (fp32 each). "cut" stands on every rank for its share alone. In bf16 a weight is 2 bytes; in fp32 it is its own master
+# copy under ddp, while the others keep one beside the weights that they compute with.
+HELD = {  # (engine, width of a weight): bytes per parameter that are whole, and bytes per parameter that are cut
+    ("ddp", 2): (2 + 4 + 4 + 8, 0),
+    ("ddp", 4): (4 + 4 + 8, 0),
+    ("zero0", 2): (2 + 4 + 4 + 8, 0),
+    ("zero0", 4): (4 + 4 + 4 + 8, 0),
+    ("zero1", 2): (2 + 4, 4 + 8),
+    ("zero2", 2): (2, 4 + 4 + 8),
+    ("zero3", 2): (0, 2 + 4 + 4 + 8),
+    ("zero3", 4): (0, 4 + 4 + 4 + 8),
+    ("fsdp2", 2): (0, 4 + 4 + 8),
+    ("fsdp2", 4): (0, 4 + 4 + 8),
+    ("megatron", 2): (2 + 4, 4 + 8),
+}
+BUCKET = 256 * 2**20  # bytes of gradients that zero2 and zero3 sum at once
+
+
+@pytest.mark.parametrize("engine, width", HELD)
+@pytest.mark.parametrize("ranks", [2, 16])
+def test_what_is_held_is_the_closed_form_of_the_engine(engine, width, ranks):
+    """A model of 1.2e9 parameters: more than a bucket, more than zero3 keeps gathered."""
+    config, tokens = million(), 8192
+    blocks = [size for size, _ in block_sizes(config)]
+    n = sum(blocks) + config.vocab_size * config.dim  # head and embedding are one; the final norm is no term of its own
+    whole, cut = HELD[engine, width]
+    expected = n * whole + n * cut / ranks + 2 * 8 * tokens  # with tokens and labels
+    if engine in ("zero2", "zero3"):
+        expected += BUCKET
+    if engine == "zero3":
+        expected += 10**9 * width  # gathered
+    if engine == "fsdp2":  # a block and the next are gathered, and what stands outside of blocks; one's gradients
+        expected += 2 * max(blocks) * width + (n - sum(blocks)) * width + max(blocks) * (width + 4)
+    held = predict_memory(config, Setup(engine, Load(tokens, width, "cpu"), ranks)).held
+    assert total(held) == pytest.approx(expected, rel=1e-12)
+    on_gpu = predict_memory(config, Setup(engine, Load(tokens, width), ranks)).held
+    assert total(on_gpu) - total(held) == 2 * 2**30  # the context
+
+
+def test_a_model_smaller_than_a_bucket_is_gathered_whole():
+    config = config_of({"mixer": "basic"}, num_layers=3)
+    n = config.num_parameters() - config.dim  # without the final norm
+    held = predict_memory(config, Setup("zero3", Load(100, 4, "cpu"), ranks=4)).held
+    assert total(held) == pytest.approx(n * (4 + 4 + 4 + 8) / 4 + 4 * n + 4 * n + 16 * 100, rel=1e-12)
+
+
+@pytest.mark.parametrize("pp_size, micro_batches, in_flight", [(1, 8, 1), (4, 1, 1), (4, 3, 3), (4, 4, 4), (4, 8, 4)])
+def test_stages_keep_the_micro_batches_that_are_in_flight(pp_size, micro_batches, in_flight):
+    """The first stage has min(pp, micro batches) on their way: that many times the inputs of its blocks, in bf16."""
+    config, tokens = million(recompute=True), 8192
+    setup = Setup("megatron", Load(tokens), 8, pp_size=pp_size, micro_batches=micro_batches)
+    (inputs,) = (t for t in predict_memory(config, setup).phases["loss"] if t.name == "inputs of blocks")
+    assert inputs.bytes == in_flight * config.num_layers / pp_size * tokens * config.dim * 2
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_activations_grow_with_the_micro_batches_in_flight(micro_batches):
+    """Without recomputation too, and at the peak: every further one brings all that the stage's blocks keep."""
+    config, load = million(), Load(8192)
+    peak = lambda count: predict_memory(config, Setup("megatron", load, 8, pp_size=4, micro_batches=count)).peak  # noqa: E731
+    of_stage = config.num_layers / 4 * total(saved_by_block(config, "L", load).all)
+    assert peak(micro_batches) - peak(1) == pytest.approx((min(4, micro_batches) - 1) * of_stage, rel=1e-9)
 
 
 def test_tensor_and_pipeline_ranks_share_parameters_and_activations():

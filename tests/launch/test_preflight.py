@@ -1,9 +1,9 @@
 """Ranks that differ are named before the first step, by rank, host, key and both values."""
 
+import contextlib
 import dataclasses
 import os
 import socket
-import subprocess
 from unittest import mock
 
 import pytest
@@ -16,8 +16,7 @@ from lasp.launch.config.schema import load_config
 from lasp.launch.run import preflight
 from lasp.launch.run.preflight import check_model, check_ranks, checksum, difference
 from lasp.parallel.mesh import Mesh
-from tests.launch.helpers import tiny_yaml
-from tests.launch.test_cli import COMMAND
+from tests.launch.helpers import forked_main, tiny_yaml
 
 CPU = torch.device("cpu")
 HOSTS = ["a", "a", "b", "b"]
@@ -136,16 +135,18 @@ def test_ranks_with_different_sizes_end_at_once_with_one_sentence(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    job = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [*COMMAND, "train", str(tiny_yaml(tmp_path)), "timeout_s=100"]
-    started = [
-        subprocess.Popen(
-            [*command, "--cp", str(1 + rank)], env=job | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        _, error = process.communicate(timeout=60)
-        assert process.returncode == 1 and error.count("\n") == 1, error
-        assert f"error: rank 1 (host {socket.gethostname()}) has cp_size = 2, rank 0 has 1." in error
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    path, outputs = tiny_yaml(tmp_path), [tmp_path / "rank0", tmp_path / "rank1"]
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                forked_main(["train", path, "timeout_s=100", "--cp", 1 + rank], outputs[rank], **job, RANK=str(rank))
+            )
+            for rank in range(2)
+        ]
+        for process, output in zip(ranks, outputs):
+            process.join(100)
+            error = output.read_text()
+            assert process.exitcode == 1 and error.count("\n") == 1, error
+            assert f"error: rank 1 (host {socket.gethostname()}) has cp_size = 2, rank 0 has 1." in error
     assert not (tmp_path / "run").exists()

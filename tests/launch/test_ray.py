@@ -23,7 +23,7 @@ from lasp.launch.launchers.ray_cluster import run_ray
 from lasp.launch.launchers.ray_driver import Driver, Loss, NotStarted, _open_store
 from lasp.launch.launchers.ray_worker import END, FATAL, PLACE, RUN, STOP
 from lasp.launch.run.report import Report, Screen, read_metrics, show, watch
-from tests.launch.helpers import tiny_config, tiny_yaml
+from tests.launch.helpers import tiny_config, tiny_yaml, train_on_ranks
 
 LIMIT_S = 240  # a group starts in 15 s; these tests share their machine
 pytestmark = pytest.mark.timeout(600)
@@ -332,11 +332,8 @@ def started(cluster, folder, *overrides):
     """``lasp train`` on the cluster, as a process whose output is in folder/output."""
     path = tiny_yaml(folder)
     command = [sys.executable, "-m", "lasp.launch.cli", "train", str(path), "launcher=ray", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (folder / "output").open("w") as output:
-        driver = subprocess.Popen(
-            [*command, f"ray.address={cluster.address}"], stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+        driver = subprocess.Popen([*command, f"ray.address={cluster.address}"], stdout=output, stderr=subprocess.STDOUT)
         try:
             yield driver
         finally:
@@ -352,9 +349,9 @@ def wait_for_step(driver, folder, step, limit_s=LIMIT_S):
         time.sleep(0.05)
 
 
-def kill_at_random(driver, folder, between, parents=False):
+def kill_at_random(driver, folder, between, parents=False, size=4):
     """kill -9 of a random rank's process, or of the Ray worker that is its parent, at a random step."""
-    step, rank = random.randint(*between), random.randrange(4)
+    step, rank = random.randint(*between), random.randrange(size)
     wait_for_step(driver, folder, step)
     pid = rank_pids(folder / "run")[rank]
     os.kill(parent_of(pid) if parents else pid, signal.SIGKILL)
@@ -364,20 +361,22 @@ def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def test_a_killed_rank_leaves_the_curve_as_it_was(cluster, tmp_path):
-    overrides = ("cp_size=2", "dp_size=2", "steps=40", "checkpoint.every=4", "eval.every=20")
+@pytest.mark.parametrize("dp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_rank_leaves_the_curve_as_it_was(ranks, cluster, tmp_path, dp):
+    """One rank on each node, or two."""
+    overrides = ["cp_size=2", f"dp_size={dp}", "steps=40", "checkpoint.every=4", "eval.every=20"]
     plain = tmp_path / "plain"
     plain.mkdir()
-    with started(cluster, tmp_path, *overrides) as driver:
-        run_local(tiny_config(plain, *overrides), 4)
-        kill_at_random(driver, tmp_path, (1, 30))
+    ranks.run(train_on_ranks, tiny_yaml(plain), overrides, size=2 * dp)
+    with started(cluster, tmp_path, *overrides, f"ray.cpus_per_worker={2 // dp}") as driver:
+        kill_at_random(driver, tmp_path, (1, 20), size=2 * dp)
         code = driver.wait(LIMIT_S)
     output = (tmp_path / "output").read_text()
     assert code == 0, output
     assert losses(tmp_path / "run") == losses(plain / "run"), output
     assert "was killed by SIGKILL" in output and "Restart 1 of at most 3, from the last checkpoint" in output
     assert "step     40/40  loss" in output and "step     40  held-out loss" in output
-    assert output.count("ranks 0-1 on node") == 2 and "127.0.0.1:" in output
+    assert output.count("rank 0 on node" if dp == 1 else "ranks 0-1 on node") == 2 and "127.0.0.1:" in output
     assert not rank_pids(tmp_path / "run")
 
 
@@ -444,6 +443,7 @@ def test_an_error_that_no_restart_cures_ends_the_run_at_once(cluster, tmp_path):
     assert not rank_pids(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_resources_that_do_not_come_are_named(cluster, tmp_path):
     with started(cluster, tmp_path, "cp_size=2", "ray.cpus_per_worker=3", "ray.wait_s=1") as driver:
         assert driver.wait(LIMIT_S) == 1

@@ -3,29 +3,21 @@
 import errno
 import re
 import struct
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from lasp.launch.cli import main
 from lasp.launch.config.schema import load_config
 from lasp.launch.data.token_files import TokenFile, write_token_file
 from lasp.launch.data.tokenizer import ByteTokenizer
 from lasp.launch.train import train
 from lasp.models.generation import _sample
-from tests.launch.helpers import TEXTS, tiny_yaml, tokenizer_file
+from tests.launch.helpers import TEXTS, run_main, tiny_yaml, tokenizer_file
 
 
 def _run(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lasp", *map(str, arguments)])
-    code = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        code = stopped.code
-    return code, capsys.readouterr().err
+    return run_main(monkeypatch, *arguments), capsys.readouterr().err
 
 
 def test_preparation_reads_no_output_of_its_own(monkeypatch, capsys, tmp_path):

@@ -11,8 +11,7 @@ from lasp.launch.run.generate import load_model, sample_text
 from lasp.launch.run.report import read_metrics
 from lasp.launch.train import train
 from lasp.parallel.checkpoints import checkpoint as checkpoints
-from tests.launch.helpers import TEXTS, tiny_config, tiny_yaml, tokenizer_file
-from tests.launch.test_train import _train_on_ranks
+from tests.launch.helpers import TEXTS, tiny_config, tiny_yaml, tokenizer_file, train_on_ranks
 
 
 class OtherTokenizer(ByteTokenizer):
@@ -118,7 +117,7 @@ def test_a_run_with_a_tokenizer_file_is_resumed_and_generates_from_another_direc
 def test_the_cached_library_is_named_after_its_tokenizer(tmp_path, monkeypatch):
     source = tmp_path / "a.py"
     source.write_text("x = 1\n")
-    monkeypatch.setattr("lasp.launch.data.stream.stdlib_files", lambda: [source])
+    monkeypatch.setattr("lasp.launch.data.stdlib_files", lambda: [source])
     digest = fingerprint(OtherTokenizer())[:12]
     assert open_source("stdlib", tmp_path, OtherTokenizer()).prefix.name == f"stdlib-other-{digest}"
     assert open_source("stdlib", tmp_path, ByteTokenizer()).prefix.name == "stdlib-bytes"
@@ -154,7 +153,7 @@ def test_a_step_without_a_label_is_an_error(tmp_path):
 
 def _refusal(group, path, overrides):
     try:
-        _train_on_ranks(group, path, overrides)
+        train_on_ranks(group, path, overrides)
     except ValueError as error:
         return str(error)
 

@@ -17,11 +17,11 @@ from lasp.launch.cli import main
 from lasp.launch.config.schema import load_config
 from lasp.launch.launchers import torchrun
 from lasp.launch.launchers.local import Interrupted, RankFailure
+from lasp.launch.launchers.process_tree import children
 from lasp.launch.run.rendezvous import Job
 from lasp.launch.run.report import read_metrics
 from lasp.launch.soak import __main__ as soak
-from tests.launch.helpers import tiny_yaml
-from tests.launch.test_cli import COMMAND, _run_main
+from tests.launch.helpers import run_main, tiny_yaml
 
 ON = "launcher=torchrun"
 TWO = [ON, "torchrun.nodes=2", "torchrun.endpoint=node1:29400"]
@@ -126,17 +126,18 @@ def test_print_gives_every_nodes_command(tmp_path, monkeypatch, capsys):
 )
 def test_options_that_contradict_the_command_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(subprocess, "Popen", pytest.fail)
-    assert _run_main(monkeypatch, "train", tiny_yaml(tmp_path), *arguments) == 1
+    assert run_main(monkeypatch, "train", tiny_yaml(tmp_path), *arguments) == 1
     assert message in capsys.readouterr().err
 
 
-def _script(tmp_path, *arguments):
-    made = subprocess.run(
-        [*COMMAND, "train", str(tiny_yaml(tmp_path)), ON, *arguments, "--slurm"], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
+def _script(tmp_path, capsys, *arguments):
+    """The job's script, as ``--slurm`` prints it."""
     path = tmp_path / "job.sbatch"
-    path.write_text(made.stdout)
+    with pytest.MonkeyPatch.context() as patch:
+        capsys.readouterr()
+        assert run_main(patch, "train", tiny_yaml(tmp_path), ON, *arguments, "--slurm") == 0
+    path.write_text(capsys.readouterr().out)
+    subprocess.run(["bash", "-n", str(path)], check=True)
     return path
 
 
@@ -164,13 +165,75 @@ def cluster(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_slurm_job_saves_before_its_end_requeues_itself_and_finishes(tmp_path, cluster):
-    script = _script(tmp_path, "cp=2", "torchrun.nodes=2", "steps=40", "checkpoint.every=1000", "log.sample_tokens=0")
+# In place of Python: it notes what a node's agent was given and that it was asked to save, and ends when the test says.
+AGENT = """#!/bin/bash
+trap 'touch "$CLUSTER/asked$SLURM_NODEID"' TERM
+printf '%s ' "$@" > "$CLUSTER/agent$SLURM_NODEID"
+while [ ! -e "$CLUSTER/code" ]; do sleep 0.05; done
+exit "$(cat "$CLUSTER/code")"
+"""
+
+
+@pytest.fixture
+def stub_script(tmp_path, cluster, capsys, monkeypatch):
+    """A script whose agents are AGENT, and a function that starts it and gives what the agent of each node was told."""
+    stub = cluster / "python"
+    stub.write_text(AGENT)
+    stub.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(stub))
+        script = _script(tmp_path, capsys, "cp=2", "torchrun.nodes=2")
+
+    def start():
+        job = subprocess.Popen(["bash", str(script)])
+        told = [cluster / "agent0", cluster / "agent1"]
+        _wait_for(job, lambda: (cluster / "tasks").exists() and all(p.exists() and p.read_text() for p in told))
+        return job, [path.read_text().split() for path in told]
+
+    return script, start
+
+
+def _wait_for(job, condition):
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_slurm_script_starts_an_agent_on_each_node_and_hands_on_its_exit_code(tmp_path, cluster, stub_script):
+    script, start = stub_script
     text = script.read_text()
     assert "#SBATCH --nodes=2\n" in text and "#SBATCH --signal=B:TERM@120\n" in text and "{{" not in text
     assert "--gpus-per-node" not in text  # device: cpu
-    subprocess.run(["bash", "-n", str(script)], check=True)
+    job, (first, second) = start()
+    number = int(os.environ["SLURM_JOB_ID"])
+    own = ["torchrun.nodes=2", f"torchrun.endpoint=localhost:{20000 + number % 20000}", f"torchrun.job_id={number}"]
+    assert first[:4] == ["-m", "lasp.launch.cli", "train", str(tiny_yaml(tmp_path))] and "cp=2" in first
+    assert first[-5:] == ["torchrun.ranks_per_node=1", *own, "torchrun.is_host=true"]
+    assert second == [*first[:-1], "torchrun.is_host=false"]
+    (cluster / "code").write_text("3")
+    assert job.wait(60) == 3 and not (cluster / "log").read_text()
 
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, True), (5, False)])
+def test_a_slurm_job_asks_its_ranks_to_save_and_requeues_itself_where_they_could(cluster, stub_script, code, requeued):
+    _, start = stub_script
+    job, _ = start()
+    job.send_signal(signal.SIGTERM)
+    _wait_for(job, lambda: (cluster / "asked0").exists() and (cluster / "asked1").exists())
+    for _ in range(3):  # until it has done with scancel and waits for srun again
+        _wait_for(job, lambda: len(children(job.pid)) == 1)
+        time.sleep(0.1)
+    (cluster / "code").write_text(str(code))
+    assert job.wait(60) == code
+    number = os.environ["SLURM_JOB_ID"]
+    assert (cluster / "log").read_text() == (f"scontrol requeue {number}\n" if requeued else "")
+
+
+@pytest.mark.slow
+def test_a_slurm_job_saves_before_its_end_requeues_itself_and_finishes(tmp_path, cluster, capsys):
+    options = ["cp=2", "torchrun.nodes=2", "steps=40", "checkpoint.every=1000", "log.sample_tokens=0"]
+    script = _script(tmp_path, capsys, *options)
     log = tmp_path / "first.log"
     with log.open("w") as file:
         job = subprocess.Popen(["bash", str(script)], stdout=file, stderr=subprocess.STDOUT)
@@ -233,11 +296,32 @@ def test_how_an_agent_ends_is_told_apart(tmp_path, monkeypatch, stand_in, error,
         torchrun.run_node(config, [])
 
 
-SOAK = ["steps=40", "checkpoint.every=5", "dtype=float64"]
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_job_that_was_asked_to_save_succeeds_where_every_step_is_saved(tmp_path, monkeypatch, saved):
+    """The stand-in ends by the signal, as an agent does whose ranks were gone before it looked."""
+    make, code = torchrun.node_command, "import os, time; os.kill(os.getppid(), 15); time.sleep(60)"
+
+    def command(*arguments, **options):
+        return torchrun.NodeCommand((sys.executable, "-c", code), make(*arguments, **options).environment)
+
+    monkeypatch.setattr(torchrun, "node_command", command)
+    config = load_config(tiny_yaml(tmp_path), [ON])
+    (config.run_dir / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (config.run_dir / "metrics.jsonl").write_text(f'{{"step": {2 if saved else 3}, "loss": 1.0}}\n')
+    if saved:
+        torchrun.run_node(config, [])
+        return
+    with pytest.raises(Interrupted, match="not every rank could save"):
+        torchrun.run_node(config, [])
 
 
-def test_a_run_whose_rank_is_killed_has_the_curve_of_one_that_was_not(tmp_path):
-    done = CliRunner().invoke(soak.main, [str(tiny_yaml(tmp_path)), *SOAK, "cp_size=2", "--kills", "1"])
+SOAK = ["checkpoint.every=5", "dtype=float64"]
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_whose_rank_is_killed_has_the_curve_of_one_that_was_not(tmp_path, ranks):
+    arguments = [*SOAK, "steps=40", f"cp_size={ranks}", "--kills", "1"]
+    done = CliRunner().invoke(soak.main, [str(tiny_yaml(tmp_path)), *arguments])
     assert done.exit_code == 0, done.output + (tmp_path / "run" / "killed.log").read_text()
     assert re.search(r"ranks killed +1\b", done.output) and re.search(r"equal to the last bit +40\b", done.output)
     assert "resumed at step" in (tmp_path / "run" / "killed.log").read_text()

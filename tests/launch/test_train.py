@@ -12,23 +12,18 @@ import torch
 from lasp.launch.config.schema import load_config
 from lasp.launch.run.generate import load_model, sample_text
 from lasp.launch.run.report import read_metrics
-from lasp.launch.train import _train, train
+from lasp.launch.train import train
 from lasp.parallel.checkpoints import checkpoint as checkpoints
-from lasp.parallel.mesh import Mesh
-from tests.launch.helpers import tiny_config, tiny_yaml
+from tests.launch.helpers import tiny_config, tiny_yaml, train_on_ranks
 
+_train_on_ranks = train_on_ranks  # where test_curve, test_engines and test_resume look for it
 SHARD = "tensors/shard-00001-model-00001-of-00001.safetensors"
 FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "lr", "tokens", "seconds", "labels", "peak_memory_bytes"}
 
 
-def _train_on_ranks(group, path, overrides):
-    config = load_config(path, overrides)
-    _train(config, Mesh.build(config.cp_size, config.dp_size, group))
-
-
 def _printed_on_ranks(group, path, overrides):
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        _train_on_ranks(group, path, overrides)
+        train_on_ranks(group, path, overrides)
     return " ".join(out.getvalue().split())
 
 
@@ -65,7 +60,7 @@ def test_a_run_leaves_metrics_plot_and_checkpoints(finished):
 )
 def test_the_loss_curve_is_the_same_on_every_mesh(ranks, tmp_path, finished, overrides):
     size = {"cp=2": 2, "cp=4": 4, "dp=2": 2}[overrides[0]] * (2 if "dp=2" in overrides[1:] else 1)
-    ranks.run(_train_on_ranks, tiny_yaml(tmp_path), overrides, size=size)
+    ranks.run(train_on_ranks, tiny_yaml(tmp_path), overrides, size=size)
     records, expected = read_metrics(tmp_path / "run"), read_metrics(finished.run_dir)
     for record, wanted in zip(records, expected, strict=True):
         for key in {"loss", "grad_norm", "eval_loss", "labels"} & wanted.keys():
@@ -100,7 +95,7 @@ def test_a_resumed_run_continues_the_curve(ranks, tmp_path, finished, overrides)
     source = finished.run_dir / "checkpoints" / "step-00000002"
     shutil.copytree(source, tmp_path / "run" / "checkpoints" / source.name)
     if overrides:
-        ranks.run(_train_on_ranks, path, overrides, size=2)
+        ranks.run(train_on_ranks, path, overrides, size=2)
     else:
         train(load_config(path))
     resumed, expected = _losses(tmp_path / "run"), _losses(finished.run_dir)[2:]
@@ -156,7 +151,7 @@ def _poison_and_train(group, path, overrides):
 
     with mock.patch.object(ModuleEngine, "step", step):
         try:
-            _train_on_ranks(group, path, overrides)
+            train_on_ranks(group, path, overrides)
         except FloatingPointError as error:
             return str(error)
 
@@ -181,7 +176,7 @@ def _signalled_train(group, path, overrides):
             os.kill(os.getpid(), signal.SIGTERM)  # one rank alone hears it
 
     with mock.patch.object(Report, "step", step):
-        _train_on_ranks(group, path, overrides)
+        train_on_ranks(group, path, overrides)
 
 
 def test_a_signal_saves_at_the_border_of_a_step_on_all_ranks(ranks, tmp_path, finished):
@@ -189,7 +184,7 @@ def test_a_signal_saves_at_the_border_of_a_step_on_all_ranks(ranks, tmp_path, fi
     ranks.run(_signalled_train, path, ["cp=2", "checkpoint.every=100"], size=2)
     (saved,) = checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")
     assert saved.name == "step-00000003" and len(_losses(tmp_path / "run")) == 3
-    ranks.run(_train_on_ranks, path, ["cp=2"], size=2)
+    ranks.run(train_on_ranks, path, ["cp=2"], size=2)
     assert _losses(tmp_path / "run") == pytest.approx(_losses(finished.run_dir), rel=2e-4)
 
 

@@ -204,7 +204,7 @@ def test_a_step_that_is_refused_leaves_nothing_behind(ranks, name, dtype):
 
 
 def _what_engines_have(group):
-    """Names that lasp.parallel.engines.zero_stages reads and DeepSpeed no longer has; groups and operators of its own; sizes
+    """Names that zero_stages reads and DeepSpeed no longer has; groups and operators of its own; sizes
     of what this rank writes to a checkpoint."""
     import deepspeed
 
