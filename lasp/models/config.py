@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lasp.models.config_fields import check_positive, check_types, merge_fields, refuse
+from lasp.models.config_fields import check_entry, check_positive, check_types, merge_fields, refuse
+from lasp.models.gates import GATES
 from lasp.models.presets import MIXER_PRESETS, MODEL_PRESETS
 
 Transition = Literal["identity", "scalar", "diagonal"]
@@ -34,8 +35,7 @@ class MixerConfig:
             head and key channel (``gate``).
         slopes: ``alibi``: g_h = -2^(-8(h+1)/H); ``retnet``: g_h = log(1 - 2^(-5-h)).
         per_layer_slopes: multiply g of layer l of L by 1 - l/(L-1) + 1e-5 (TransNormerLLM, arXiv 2307.14995).
-        gate: ``logsigmoid``: g = logsigmoid(Wx + c) / gate_tau (GLA, arXiv 2312.06635); ``mamba``:
-            g = -exp(A_log) softplus(Wx + c), A_log per head (Mamba-2, arXiv 2405.21060).
+        gate: how the log-decay follows from Wx + c, an entry of :data:`lasp.models.gates.GATES`.
         gate_tau: temperature of ``logsigmoid``; None: 16.
         gate_rank: W = W2 W1 through this width; None: full.
         normaliser: ``sum`` divides by the sum of the weights, scale-free; needs a non-negative kernel.
@@ -62,7 +62,7 @@ class MixerConfig:
     decay: Literal["none", "fixed", "scalar", "channel"] = "none"
     slopes: Literal["alibi", "retnet"] | None = None
     per_layer_slopes: bool = False
-    gate: Literal["logsigmoid", "mamba"] | None = None
+    gate: str | None = None
     gate_tau: float | None = None
     gate_rank: int | None = None
     normaliser: Literal["none", "sum"] = "none"
@@ -77,6 +77,7 @@ class MixerConfig:
 
     def __post_init__(self):
         check_types(self)
+        check_entry(self, "gate", GATES)
         check_positive(
             self,
             "heads",
@@ -97,14 +98,16 @@ class MixerConfig:
         gated = self.decay in ("scalar", "channel")
         refuse(self, "gate", None, not gated, f"decay={self.decay!r} has no gate")
         refuse(self, "gate_rank", None, not gated, f"decay={self.decay!r} has no gate")
-        refuse(self, "gate_tau", None, self.gate != "logsigmoid", "only gate='logsigmoid' reads it")
+        for name in sorted({name for gate in GATES.values() for name in gate.options}):
+            readers = [other for other, gate in GATES.items() if name in gate.options]
+            refuse(self, name, None, self.gate not in readers, f"only gate={' or '.join(map(repr, readers))} reads it")
         refuse(self, "scale", None, self.normaliser == "sum", "normaliser='sum' cancels it")
         refuse(self, "conv_activation", None, self.conv_width == 0, "conv_width=0 is no convolution")
         refuse(self, "out_gate_rank", None, self.out_gate == "none", "out_gate='none' has no gate")
         if self.decay == "fixed" and self.slopes is None:
             raise ValueError("slopes must be 'alibi' or 'retnet' when decay='fixed', got None. Set one.")
         if gated and self.gate is None:
-            raise ValueError(f"gate must be 'logsigmoid' or 'mamba' when decay={self.decay!r}, got None. Set one.")
+            raise ValueError(f"gate must be one of {list(GATES)} when decay={self.decay!r}, got None. Set one.")
         if self.conv_width < 0 or self.conv_width == 1:
             raise ValueError(f"conv_width must be 0 (none) or at least 2, got {self.conv_width}.")
         if self.normaliser == "sum" and self.feature not in NON_NEGATIVE_FEATURES:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from lasp.models.config import ModelConfig
 from lasp.models.features import feature_width
+from lasp.models.gates import GATES
 from lasp.softmax.gather import HEAD_GROUPS
 
 _CHUNK, _TILE_ELEMENTS, _LEAST_CHUNKS, _MOST_CHUNKS = (
@@ -161,7 +162,7 @@ def _linear_saved(config: ModelConfig, load: Load) -> tuple[list[Term], list[Ter
         keep(before, "v before its column of ones", values, "H V")
     if mixer.gate is not None:
         gates = features if mixer.decay == "channel" else s.heads
-        copies = 2 if mixer.gate == "logsigmoid" and load.device == "cuda" else 3
+        copies = GATES[mixer.gate].kept[load.device]
         keep(before, "log-decay and what makes it", copies * gates, f"{copies} x gates", load.wide)
         if mixer.gate_rank:
             keep(before, "decay through its rank", mixer.gate_rank, "gate_rank")

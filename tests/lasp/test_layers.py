@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from lasp import CPContext, linear_attention
 from lasp.models.config import ModelConfig
 from lasp.models.features import feature_map, feature_width
+from lasp.models.gates import GATES, fixed_log_decay
 from lasp.models.layers import RMSNorm, SoftmaxMixer, SwiGLU, apply_rotary, rotary_angles
-from lasp.models.linear_mixer import DecayGate, LinearMixer, fixed_log_decay
+from lasp.models.linear_mixer import LinearMixer
 from lasp.models.presets import MIXER_PRESETS
 from tests.harness import assert_close, relative_error
 
@@ -215,11 +216,11 @@ def test_width_of_based_and_rebased_features():
     assert feature_width("hadamard", 16, 24) == 24
 
 
-@pytest.mark.parametrize("gate", ["logsigmoid", "mamba"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 def test_gates_are_never_positive_and_fp32(gate, decay):
     config = make_config({"decay": decay, "gate": gate})
-    layer = DecayGate(config, 8, HEADS, True, dtype=torch.bfloat16)
+    layer = LinearMixer(config, dtype=torch.bfloat16).decay
     layer.init_parameters(torch.Generator().manual_seed(1))
     torch.nn.init.normal_(layer.proj.weight, std=100.0)  # saturates both ends
     g = layer(layer.proj(torch.randn(4, 50, DIM).bfloat16()))
