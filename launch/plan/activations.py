@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lasp.models.config import ModelConfig
-from lasp.models.features import feature_width
+from lasp.models.features import FEATURES, FeatureMap, feature_width
 from lasp.models.gates import GATES
 from lasp.softmax.gather import HEAD_GROUPS
 
@@ -151,14 +151,13 @@ def _linear_saved(config: ModelConfig, load: Load) -> tuple[list[Term], list[Ter
 
     if mixer.conv_width:
         keep(before, "input of the convolution", 2 * keys + values, "(2 H K + H V)")
-    raw = {"silu": 2 * keys, "elu1": 2 * keys, "taylor2": 2 * keys, "rebased": 4 * keys + 4 * s.heads}
-    raw["hadamard"] = 2 * keys + 4 * features
-    in_conv = mixer.conv_width and mixer.feature in raw  # then q, k and v before the map are one tensor
-    if mixer.feature in raw:
-        keep(before, f"q and k before and in the map {mixer.feature}", raw[mixer.feature], _RAW[mixer.feature])
+    feature = FEATURES[mixer.feature]
+    raw = 2 * s.heads * feature.kept(s.key_dim, s.state_dim)
+    if raw:
+        keep(before, f"q and k before and in the map {mixer.feature}", raw, _raw_formula(feature))
     keep(before, "q and k", 2 * features, "2 H K")
     keep(before, "v", s.heads * s.columns, "H V")
-    if in_conv and mixer.normaliser == "sum":
+    if mixer.conv_width and raw and mixer.normaliser == "sum":  # q, k and v before the map are one tensor
         keep(before, "v before its column of ones", values, "H V")
     if mixer.gate is not None:
         gates = features if mixer.decay == "channel" else s.heads
@@ -186,13 +185,10 @@ def _linear_saved(config: ModelConfig, load: Load) -> tuple[list[Term], list[Ter
     return before, after
 
 
-_RAW = {
-    "silu": "2 H K",
-    "elu1": "2 H K",
-    "taylor2": "2 H key_dim",
-    "rebased": "(4 H key_dim + 4 H)",
-    "hadamard": "(2 H key_dim + 4 H K)",
-}
+def _raw_formula(feature: FeatureMap) -> str:
+    counts = {"H key_dim": feature.keeps_keys, "H K": feature.keeps_features, "H": feature.keeps_scalars}
+    parts = [f"{2 * count} {what}" for what, count in counts.items() if count]
+    return parts[0] if len(parts) == 1 else f"({' + '.join(parts)})"
 
 
 def _states(config: ModelConfig, s: LinearSizes, load: Load) -> Term:

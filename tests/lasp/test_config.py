@@ -59,7 +59,8 @@ def test_pattern_repeats_to_the_number_of_layers():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"feature": "exp"}, r"feature must be \['identity', .*\], got 'exp'"),
+        ({"feature": "exp"}, r"feature must be one of \['identity', .*\], got 'exp'\.$"),
+        ({"feature": "rebase"}, r"feature must be one of .*, got 'rebase'\. Did you mean 'rebased'\?"),
         ({"heads": True}, "heads must be int or None, got True"),
         ({"heads": "4"}, "heads must be int or None, got '4'"),
         ({"heads": 0}, "heads must be positive and finite, got 0"),

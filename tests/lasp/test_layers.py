@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lasp import CPContext, linear_attention
 from lasp.models.config import ModelConfig
-from lasp.models.features import feature_map, feature_width
+from lasp.models.features import FEATURES, feature_map, feature_width
 from lasp.models.gates import GATES, fixed_log_decay
 from lasp.models.layers import RMSNorm, SoftmaxMixer, SwiGLU, apply_rotary, rotary_angles
 from lasp.models.linear_mixer import LinearMixer
@@ -200,7 +200,7 @@ def test_one_operator_call_per_layer(name, monkeypatch):
     assert g is None or (g.shape[-1] == width) == (config.mixer.transition == "diagonal")
 
 
-@pytest.mark.parametrize("name", ["taylor2", "rebased", "hadamard", "elu1", "relu", "silu", "identity"])
+@pytest.mark.parametrize("name", FEATURES)
 def test_feature_width(name):
     phi = feature_map(name, 6, dtype=torch.float64)
     if hasattr(phi, "init_parameters"):
