@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from lasp.models.config_fields import check_entry, check_positive, check_types, merge_fields, refuse
 from lasp.models.features import FEATURES
-from lasp.models.gates import GATES
+from lasp.models.gates import GATES, SLOPES
+from lasp.models.outputs import OUT_GATES, OUT_NORMS
 from lasp.models.presets import MIXER_PRESETS, MODEL_PRESETS
 
 Transition = Literal["identity", "scalar", "diagonal"]
@@ -58,7 +59,7 @@ class MixerConfig:
     feature: str = "identity"
     feature_dim: int | None = None
     decay: Literal["none", "fixed", "scalar", "channel"] = "none"
-    slopes: Literal["alibi", "retnet"] | None = None
+    slopes: str | None = None
     per_layer_slopes: bool = False
     gate: str | None = None
     gate_tau: float | None = None
@@ -67,16 +68,17 @@ class MixerConfig:
     scale: float | None = None
     conv_width: int = 0
     conv_activation: Literal["silu"] | None = None
-    out_norm: Literal["none", "head_rms", "full_rms", "srms"] = "head_rms"
-    out_gate: Literal["none", "silu", "sigmoid"] = "none"
+    out_norm: str = "head_rms"
+    out_gate: str = "none"
     out_gate_rank: int | None = None
     position: Literal["none", "rope"] = "none"
     causal: bool = True
 
     def __post_init__(self):
         check_types(self)
-        check_entry(self, "feature", FEATURES)
-        check_entry(self, "gate", GATES)
+        tables = {"feature": FEATURES, "slopes": SLOPES, "gate": GATES, "out_norm": OUT_NORMS, "out_gate": OUT_GATES}
+        for name, table in tables.items():
+            check_entry(self, name, table)
         check_positive(
             self,
             "heads",
@@ -105,7 +107,7 @@ class MixerConfig:
         refuse(self, "conv_activation", None, self.conv_width == 0, "conv_width=0 is no convolution")
         refuse(self, "out_gate_rank", None, self.out_gate == "none", "out_gate='none' has no gate")
         if self.decay == "fixed" and self.slopes is None:
-            raise ValueError("slopes must be 'alibi' or 'retnet' when decay='fixed', got None. Set one.")
+            raise ValueError(f"slopes must be one of {list(SLOPES)} when decay='fixed', got None. Set one.")
         if gated and self.gate is None:
             raise ValueError(f"gate must be one of {list(GATES)} when decay={self.decay!r}, got None. Set one.")
         if self.conv_width < 0 or self.conv_width == 1:

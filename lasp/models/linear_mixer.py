@@ -23,6 +23,7 @@ from lasp.models.config import ModelConfig
 from lasp.models.features import feature_map, feature_width, init_normal
 from lasp.models.gates import GATES, DecayGate, fixed_log_decay
 from lasp.models.layers import Linear, RMSNorm, Rotary, apply_rotary, low_rank
+from lasp.models.outputs import OUT_GATES, OUT_NORMS
 
 NORMALISER_EPS = 1e-6
 
@@ -53,7 +54,8 @@ class LinearMixer(nn.Module):
         mixer, dim, projects = config.mixer, config.dim, heads is None
         self.options, self.heads = mixer, range(config.mixer_heads) if heads is None else heads
         self.num_heads = config.mixer_heads
-        if mixer.out_norm in ("full_rms", "srms") and len(self.heads) < self.num_heads:
+        norm = OUT_NORMS[mixer.out_norm]
+        if norm is not None and norm.spans_heads and len(self.heads) < self.num_heads:
             raise ValueError(
                 f"out_norm={mixer.out_norm!r} spans all {self.num_heads} heads, but this rank has {len(self.heads)} of "
                 "them. Use out_norm='head_rms', or keep all heads on one rank."
@@ -74,9 +76,9 @@ class LinearMixer(nn.Module):
         )
         if mixer.gate is not None:
             self.decay = self._decay_gate(dim if projects else None, device, dtype)
-        if mixer.out_norm != "none":
-            width = self.value_dim if mixer.out_norm == "head_rms" else widths[2]
-            self.out_norm = RMSNorm(width, config.norm_eps, mixer.out_norm != "srms", device, dtype)
+        if norm is not None:
+            width = widths[2] if norm.spans_heads else self.value_dim
+            self.out_norm = RMSNorm(width, config.norm_eps, norm.affine, device, dtype)
         if projects and mixer.out_gate != "none":
             self.out_gate = low_rank(dim, widths[2], mixer.out_gate_rank, device, dtype)
 
@@ -185,11 +187,10 @@ class LinearMixer(nn.Module):
         if self.options.normaliser == "sum":
             numerator, denominator = o.to(torch.promote_types(o.dtype, torch.float32)).split([self.value_dim, 1], -1)
             o = (numerator / (denominator + NORMALISER_EPS)).to(o.dtype)
-        if self.options.out_norm == "head_rms":
+        norm, activated = OUT_NORMS[self.options.out_norm], OUT_GATES[self.options.out_gate]
+        if norm is not None and not norm.spans_heads:
             o = self.out_norm(o)
         o = o.flatten(-2)
-        if self.options.out_norm in ("full_rms", "srms"):
+        if norm is not None and norm.spans_heads:
             o = self.out_norm(o)
-        if self.options.out_gate == "none":
-            return o
-        return o * (F.silu(gate) if self.options.out_gate == "silu" else gate.sigmoid())
+        return o if activated is None else o * activated.activation(gate)

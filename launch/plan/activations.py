@@ -16,6 +16,7 @@ from typing import NamedTuple
 from lasp.models.config import ModelConfig
 from lasp.models.features import FEATURES, FeatureMap, feature_width
 from lasp.models.gates import GATES
+from lasp.models.outputs import OUT_GATES, OUT_NORMS
 from lasp.softmax.gather import HEAD_GROUPS
 
 _CHUNK, _TILE_ELEMENTS, _LEAST_CHUNKS, _MOST_CHUNKS = (
@@ -168,16 +169,14 @@ def _linear_saved(config: ModelConfig, load: Load) -> tuple[list[Term], list[Ter
     before.append(_states(config, s, load))
     if mixer.normaliser == "sum":
         keep(after, "numerator and denominator", values + 2 * s.heads, "(H V + 2 H)", load.wide)
-    span = s.value_dim if mixer.out_norm == "head_rms" else values
-    if mixer.out_norm != "none":
-        groups = values // span
-        norm = rms_norm(
-            "norm of the output", "V" if groups > 1 else "H V", span, count * groups, load, mixer.out_norm != "srms"
-        )
-        after.append(norm._replace(formula=norm.formula.replace("T x", "T x H x") if groups > 1 else norm.formula))
-    if mixer.out_gate != "none":
-        copies = 2 if mixer.out_gate == "silu" else 1
-        keep(before, "output gate", copies * values, f"{copies} x H V")
+    norm, gate = OUT_NORMS[mixer.out_norm], OUT_GATES[mixer.out_gate]
+    if norm is not None:
+        span, what, groups = (values, "H V", 1) if norm.spans_heads else (s.value_dim, "V", s.heads)
+        term = rms_norm("norm of the output", what, span, count * groups, load, norm.affine)
+        per_head = term.formula if norm.spans_heads else term.formula.replace("T x", "T x H x")
+        after.append(term._replace(formula=per_head))
+    if gate is not None:
+        keep(before, "output gate", gate.kept * values, f"{gate.kept} x H V")
         keep(after, "output before its gate", values, "H V")
         if mixer.out_gate_rank:
             keep(before, "output gate through its rank", mixer.out_gate_rank, "out_gate_rank")
