@@ -16,8 +16,6 @@ from lasp.models.gates import GATES, SLOPES
 from lasp.models.outputs import OUT_GATES, OUT_NORMS
 from lasp.models.presets import MIXER_PRESETS, MODEL_PRESETS
 
-Transition = Literal["identity", "scalar", "diagonal"]
-
 
 @dataclass(frozen=True)
 class MixerConfig:
@@ -122,11 +120,6 @@ class MixerConfig:
             raise ValueError(
                 f"causal=False needs decay='none', got {self.decay!r}: bidirectional decay is not supported."
             )
-
-    @property
-    def transition(self) -> Transition:
-        """The kind of state transition, which follows from ``decay``."""
-        return {"none": "identity", "channel": "diagonal"}.get(self.decay, "scalar")  # type: ignore[return-value]
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MixerConfig:

@@ -20,10 +20,11 @@ from lasp.convolution import short_convolution
 from lasp.cp_context import CPContext
 from lasp.linear import linear_attention
 from lasp.models.config import ModelConfig
-from lasp.models.features import feature_map, feature_width, init_normal
+from lasp.models.features import feature_map, init_normal
 from lasp.models.gates import GATES, DecayGate, fixed_log_decay
 from lasp.models.layers import Linear, RMSNorm, Rotary, apply_rotary, low_rank
 from lasp.models.outputs import OUT_GATES, OUT_NORMS
+from lasp.models.sizes import LinearSizes
 
 NORMALISER_EPS = 1e-6
 
@@ -53,15 +54,15 @@ class LinearMixer(nn.Module):
         super().__init__()
         mixer, dim, projects = config.mixer, config.dim, heads is None
         self.options, self.heads = mixer, range(config.mixer_heads) if heads is None else heads
-        self.num_heads = config.mixer_heads
+        sizes = LinearSizes.of(config)
+        self.num_heads = sizes.heads
         norm = OUT_NORMS[mixer.out_norm]
         if norm is not None and norm.spans_heads and len(self.heads) < self.num_heads:
             raise ValueError(
                 f"out_norm={mixer.out_norm!r} spans all {self.num_heads} heads, but this rank has {len(self.heads)} of "
                 "them. Use out_norm='head_rms', or keep all heads on one rank."
             )
-        self.key_dim, self.value_dim = config.key_dim, config.value_dim
-        self.state_dim = feature_width(mixer.feature, self.key_dim, mixer.feature_dim)
+        self.key_dim, self.value_dim = sizes.key_dim, sizes.value_dim
         self.slope_factor = 1.0
         if mixer.per_layer_slopes:
             self.slope_factor = 1 - layer / max(config.num_layers - 1, 1) + 1e-5
@@ -75,20 +76,20 @@ class LinearMixer(nn.Module):
             feature_map(mixer.feature, self.key_dim, mixer.feature_dim, device, dtype) for _ in "qk"
         )
         if mixer.gate is not None:
-            self.decay = self._decay_gate(dim if projects else None, device, dtype)
+            self.decay = self._decay_gate(sizes.decays, dim if projects else None, device, dtype)
         if norm is not None:
             width = widths[2] if norm.spans_heads else self.value_dim
             self.out_norm = RMSNorm(width, config.norm_eps, norm.affine, device, dtype)
         if projects and mixer.out_gate != "none":
             self.out_gate = low_rank(dim, widths[2], mixer.out_gate_rank, device, dtype)
 
-    def _decay_gate(self, dim: int | None, device, dtype) -> DecayGate:
-        """The gate of these heads; with ``dim`` it has a projection of tokens so wide."""
+    def _decay_gate(self, decays: int, dim: int | None, device, dtype) -> DecayGate:
+        """The gate of these heads, with ``decays`` each; with ``dim`` it has a projection of tokens so wide."""
         mixer, gate = self.options, GATES[self.options.gate]
-        channels = self.state_dim if mixer.decay == "channel" else None
+        channels = decays if mixer.decay == "channel" else None
         proj = None
         if dim is not None:
-            proj = low_rank(dim, len(self.heads) * (channels or 1), mixer.gate_rank, device, dtype)
+            proj = low_rank(dim, len(self.heads) * decays, mixer.gate_rank, device, dtype)
         set_here = {name: getattr(mixer, name) for name in gate.options}
         options = {name: gate.options[name] if value is None else value for name, value in set_here.items()}
         return gate.module(len(self.heads), channels, proj, **options, device=device, dtype=dtype)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lasp.models.config import ModelConfig
-from lasp.models.features import FEATURES, FeatureMap, feature_width
+from lasp.models.features import FEATURES, FeatureMap
 from lasp.models.gates import GATES
 from lasp.models.outputs import OUT_GATES, OUT_NORMS
+from lasp.models.sizes import LinearSizes
 from lasp.softmax.gather import HEAD_GROUPS
 
 _CHUNK, _TILE_ELEMENTS, _LEAST_CHUNKS, _MOST_CHUNKS = (
@@ -67,34 +68,6 @@ class Load:
     def wide(self) -> int:
         """Bytes of a number in states, sums and statistics."""
         return max(4, self.width)
-
-
-@dataclass(frozen=True)
-class LinearSizes:
-    """Widths of a linear layer on one rank: heads H, K before and after the feature map, V with the column of ones."""
-
-    heads: int
-    key_dim: int
-    state_dim: int
-    value_dim: int
-    columns: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, tp_size: int = 1) -> LinearSizes:
-        """Of a model whose heads ``tp_size`` ranks share."""
-        mixer, width = config.mixer, config.value_dim
-        state_dim = feature_width(mixer.feature, config.key_dim, mixer.feature_dim)
-        ones = int(mixer.normaliser == "sum")
-        return cls(config.mixer_heads // tp_size, config.key_dim, state_dim, width, width + ones)
-
-    @property
-    def state_elements(self) -> int:
-        """Numbers in one state of all heads."""
-        return self.heads * self.state_dim * self.columns
-
-    def transition_elements(self, config: ModelConfig) -> int:
-        """Numbers in the transition that travels with a state."""
-        return {"none": 0, "fixed": 0, "scalar": self.heads, "channel": self.heads * self.state_dim}[config.mixer.decay]
 
 
 class Saved(NamedTuple):
@@ -161,9 +134,8 @@ def _linear_saved(config: ModelConfig, load: Load) -> tuple[list[Term], list[Ter
     if mixer.conv_width and raw and mixer.normaliser == "sum":  # q, k and v before the map are one tensor
         keep(before, "v before its column of ones", values, "H V")
     if mixer.gate is not None:
-        gates = features if mixer.decay == "channel" else s.heads
         copies = GATES[mixer.gate].kept[load.device]
-        keep(before, "log-decay and what makes it", copies * gates, f"{copies} x gates", load.wide)
+        keep(before, "log-decay and what makes it", copies * s.heads * s.decays, f"{copies} x gates", load.wide)
         if mixer.gate_rank:
             keep(before, "decay through its rank", mixer.gate_rank, "gate_rank")
     before.append(_states(config, s, load))
@@ -291,9 +263,8 @@ def _linear_work(config: ModelConfig, load: Load) -> list[Term]:
     if mixer.out_gate != "none":
         terms.append(Term("gradient of the output gate", count * columns * width, f"T x H V x {width}"))
     if mixer.gate is not None:
-        gates = features if mixer.decay == "channel" else s.heads
-        copies = 2  # cumulative decays and the products that dg sums; or dg twice
-        terms.append(Term("decays and their gradient", copies * count * gates * 4, f"{copies} x T x gates x 4"))
+        size = 2 * count * s.heads * s.decays * 4  # cumulative decays and the products that dg sums; or dg twice
+        terms.append(Term("decays and their gradient", size, "2 x T x gates x 4"))
     exchange = exchange_term(config, load)
     return terms if exchange is None else [*terms, exchange]
 
@@ -303,7 +274,7 @@ def exchange_term(config: ModelConfig, load: Load) -> Term | None:
     if load.cp_size == 1:
         return None
     s, f = LinearSizes.of(config, load.tp_size), load.fragments
-    state, transition = (load.rows * n * load.wide for n in (s.state_elements, s.transition_elements(config)))
+    state, transition = (load.rows * n * load.wide for n in (s.state_elements, s.transition_elements))
     if load.exchange == "all_gather":
         return Term("exchange", 2 * load.cp_size * f * (state + transition), "2 x W F (b + a)")
     if load.exchange in ("ring", "all_scan"):

@@ -29,6 +29,7 @@ from lasp.cp_context import CPContext
 from lasp.models.config import MixerConfig, ModelConfig
 from lasp.models.features import init_normal
 from lasp.models.linear_mixer import LinearMixer
+from lasp.models.sizes import LinearSizes
 from lasp.parallel.megatron.contexts import CPContexts, Order
 from lasp.parallel.megatron.layouts import LayoutParams
 from lasp.parallel.megatron.refusals import check_call, check_convolution, check_core, check_mixer
@@ -180,7 +181,7 @@ class LinearCoreAttention(_CoreAttention):
         place = {"device": device, "dtype": config.params_dtype}
         self.mixer = _HeadMixer(model, self.layer_number - 1, **place, heads=self.heads)
         self.tail_dims = (
-            (self.mixer.decay.channels or 1) if mixer.gate is not None else 0,
+            LinearSizes.of(model).decays,
             self.head_dim if mixer.out_gate != "none" else 0,
         )
         for name, parameter in self.mixer.named_parameters():

@@ -13,21 +13,6 @@ def test_every_family_is_a_setting_of_one_class(name):
     assert MixerConfig.preset(name, heads=3).heads == 3
 
 
-def test_transition_follows_from_decay():
-    kinds = {name: MixerConfig.preset(name).transition for name in MIXER_PRESETS}
-    assert kinds == {
-        "linear": "identity",
-        "basic": "identity",
-        "linear_norm": "identity",
-        "lightning": "scalar",
-        "retnet": "scalar",
-        "gla": "diagonal",
-        "based": "identity",
-        "rebased": "identity",
-    }
-    assert MixerConfig(decay="scalar", gate="mamba").transition == "scalar"
-
-
 def test_own_fields_win_over_the_preset():
     gla = MixerConfig.preset("gla", key_dim=24, out_gate="sigmoid", gate_tau=8)
     assert (gla.key_dim, gla.expand_k, gla.out_gate, gla.gate_tau) == (24, 1.0, "sigmoid", 8)
