@@ -13,19 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lasp.kernels.torch_linear.operator import tokens_per_state
+from lasp.kernels.triton_linear.tiles import superchunk
 from lasp.models.config import ModelConfig
 from lasp.models.features import FEATURES, FeatureMap
 from lasp.models.gates import GATES
 from lasp.models.outputs import OUT_GATES, OUT_NORMS
 from lasp.models.sizes import LinearSizes
 from lasp.softmax.gather import HEAD_GROUPS
-
-_CHUNK, _TILE_ELEMENTS, _LEAST_CHUNKS, _MOST_CHUNKS = (
-    64,
-    1 << 18,
-    4,
-    64,
-)  # of lasp.kernels.torch_linear.operator on a CPU
 
 
 class Term(NamedTuple):
@@ -166,16 +161,13 @@ def _states(config: ModelConfig, s: LinearSizes, load: Load) -> Term:
     """States from which the backward goes on: one per superchunk (Triton) or tile (PyTorch), and per segment."""
     per_row = load.tokens // load.rows
     if load.device == "cuda":
-        from lasp.kernels.triton_linear.tiles import superchunk
-
         decay = ("none", "fixed", "scalar", "channel").index(config.mixer.decay)
         length = superchunk(decay, load.tokens * s.heads)
         what = "superchunk"
     else:
-        widest = max(s.state_dim, s.columns, _CHUNK)
-        chunks = -(-per_row // _CHUNK)
-        tile = _TILE_ELEMENTS // (load.rows * s.heads * _CHUNK * widest)
-        length = _CHUNK * max(_LEAST_CHUNKS, min(_MOST_CHUNKS, tile, chunks // 4))
+        length = tokens_per_state(
+            per_row, load.fragments, load.rows, s.heads, s.state_dim, s.columns, device_type=load.device
+        )
         what = "tile"
     states = -(-per_row // length) + load.fragments
     entries = load.fragments * (load.cp_size > 1)
