@@ -11,7 +11,7 @@ from kernel_baselines import SOFTMAX, Implementation, describe
 from torch import Tensor
 
 from lasp import linear_attention, softmax_attention
-from lasp.models.linear_mixer import fixed_log_decay
+from lasp.models.gates import fixed_log_decay
 
 
 @dataclass(frozen=True)

@@ -121,13 +121,18 @@ class Borders(NamedTuple):
     chunk_ends: torch.Tensor
 
 
+def default_chunk_size(tokens: int, segments: int) -> int:
+    """Tokens per chunk where so many tokens are cut into so many segments: up to 64, smaller where they are short."""
+    return next(size for size in (16, 32, 64) if size >= tokens / segments or size == 64)
+
+
 class SegmentTable:
     """Chunks and tiles of one rank's segments on one device.
 
     Args:
         bounds: ``(start, stop)`` of each segment in local tokens: consecutive, none empty.
         device: where the tables live.
-        chunk_size: tokens per chunk, a power of two. Default: up to 64, smaller where segments are short.
+        chunk_size: tokens per chunk, a power of two. None: :func:`default_chunk_size`.
         replaceable: whether tables leave room for every layout of as many segments: see :meth:`replace`.
 
     Attributes:
@@ -140,8 +145,7 @@ class SegmentTable:
     ):
         self.bounds, self.device, self.replaceable = tuple(bounds), device, replaceable
         if chunk_size is None:
-            mean = self.bounds[-1][1] / len(self.bounds)
-            chunk_size = next(size for size in (16, 32, 64) if size >= mean or size == 64)
+            chunk_size = default_chunk_size(self.bounds[-1][1], len(self.bounds))
         self.chunk_size = chunk_size
         self._chunks = [  # (segment, start, stop)
             (s, at, min(at + chunk_size, stop))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.operator import num_heads
-from lasp.kernels.segments import SegmentTable, Tile
+from lasp.kernels.segments import SegmentTable, Tile, default_chunk_size
 from lasp.kernels.state import StateMap, in_ieee, state_dtype, suffix_sum
 from lasp.kernels.torch_linear import diagonal
 from lasp.kernels.torch_linear.gates import Gates, add_product, decay
@@ -34,6 +34,29 @@ from lasp.kernels.torch_linear.gates import Gates, add_product, decay
 _TILE_ELEMENTS = {"cpu": 1 << 18}
 _TILE_ELEMENTS_DEVICE = 1 << 24
 _TILE_CHUNKS = (4, 64)  # at least, at most
+
+
+def tokens_per_state(
+    tokens: int, segments: int, batch: int, heads: int, key_dim: int, value_dim: int, device_type: str
+) -> int:
+    """Tokens of a tile, at whose begin a forward keeps one state for its backward.
+
+    Args:
+        tokens, segments: T of one row, and the segments of about equal length that they are cut into.
+        batch, heads, key_dim, value_dim: B, H, K and V.
+        device_type: ``cpu``, ``cuda`` and so on.
+    """
+    chunk_size = default_chunk_size(tokens, segments)
+    chunks = segments * -(-tokens // (segments * chunk_size))
+    return chunk_size * _tile_chunks(batch * heads, max(key_dim, value_dim), chunk_size, chunks, device_type)
+
+
+def _tile_chunks(rows: int, widest: int, chunk_size: int, num_chunks: int, device_type: str) -> int:
+    """Chunks per tile, for ``rows`` = B * H and the larger of K and V."""
+    budget = _TILE_ELEMENTS.get(device_type, _TILE_ELEMENTS_DEVICE)
+    chunks = budget // (rows * chunk_size * max(widest, chunk_size))
+    least, most = _TILE_CHUNKS
+    return max(least, min(most, chunks, num_chunks // 4))
 
 
 class _Chunked:
@@ -64,11 +87,8 @@ class _Chunked:
         self.dtype = state_dtype(q.dtype)
         self.batch, self.num_heads = q.shape[0], num_heads(q, k, v, g)
         self.key_dim, self.value_dim = q.shape[-1], v.shape[-1]
-        widest = max(self.key_dim, self.value_dim, table.chunk_size)
-        budget = _TILE_ELEMENTS.get(q.device.type, _TILE_ELEMENTS_DEVICE)
-        chunks = budget // (self.batch * self.num_heads * table.chunk_size * widest)
-        least, most = _TILE_CHUNKS
-        self.tiles = table.tiles(max(least, min(most, chunks, table.num_chunks // 4)))
+        rows, widest = self.batch * self.num_heads, max(self.key_dim, self.value_dim)
+        self.tiles = table.tiles(_tile_chunks(rows, widest, table.chunk_size, table.num_chunks, q.device.type))
 
     def gates(self, i: int) -> Gates:
         """The decays of tile i, kept from stage to stage where they are small against its tokens."""

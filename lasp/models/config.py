@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lasp.models.config_fields import check_positive, check_types, merge_fields, refuse
+from lasp.models.config_fields import check_entry, check_positive, check_types, merge_fields, refuse
+from lasp.models.features import FEATURES
+from lasp.models.gates import GATES, SLOPES
+from lasp.models.outputs import OUT_GATES, OUT_NORMS
 from lasp.models.presets import MIXER_PRESETS, MODEL_PRESETS
-
-Transition = Literal["identity", "scalar", "diagonal"]
-EXPANDING_FEATURES = ("taylor2", "rebased")
-NON_NEGATIVE_FEATURES = ("relu", "elu1", "taylor2", "rebased")
 
 
 @dataclass(frozen=True)
@@ -27,15 +26,13 @@ class MixerConfig:
         key_dim, value_dim: width of a q/k head before the feature map, and of a v head. None: from the model's
             width, ``expand_k * dim / heads`` and ``expand_v * dim / heads``.
         expand_k, expand_v: used where ``key_dim`` / ``value_dim`` is None; refused beside them.
-        feature: map on q and k. ``taylor2`` (K -> 1 + K + K(K+1)/2) and ``rebased`` (K -> K(K+1)/2) widen;
-            ``hadamard`` (W1 x * W2 x) and ``rebased`` have parameters, apart for q and k.
+        feature: map on q and k, apart for each, an entry of :data:`lasp.models.features.FEATURES`.
         feature_dim: output width of ``hadamard``, None: key_dim. The other maps fix their own width.
         decay: ``none``; ``fixed`` per head (``slopes``); ``scalar`` per token and head, ``channel`` per token,
             head and key channel (``gate``).
         slopes: ``alibi``: g_h = -2^(-8(h+1)/H); ``retnet``: g_h = log(1 - 2^(-5-h)).
         per_layer_slopes: multiply g of layer l of L by 1 - l/(L-1) + 1e-5 (TransNormerLLM, arXiv 2307.14995).
-        gate: ``logsigmoid``: g = logsigmoid(Wx + c) / gate_tau (GLA, arXiv 2312.06635); ``mamba``:
-            g = -exp(A_log) softplus(Wx + c), A_log per head (Mamba-2, arXiv 2405.21060).
+        gate: how the log-decay follows from Wx + c, an entry of :data:`lasp.models.gates.GATES`.
         gate_tau: temperature of ``logsigmoid``; None: 16.
         gate_rank: W = W2 W1 through this width; None: full.
         normaliser: ``sum`` divides by the sum of the weights, scale-free; needs a non-negative kernel.
@@ -57,26 +54,29 @@ class MixerConfig:
     value_dim: int | None = None
     expand_k: float = 1.0
     expand_v: float = 1.0
-    feature: Literal["identity", "silu", "relu", "elu1", "hadamard", "taylor2", "rebased"] = "identity"
+    feature: str = "identity"
     feature_dim: int | None = None
     decay: Literal["none", "fixed", "scalar", "channel"] = "none"
-    slopes: Literal["alibi", "retnet"] | None = None
+    slopes: str | None = None
     per_layer_slopes: bool = False
-    gate: Literal["logsigmoid", "mamba"] | None = None
+    gate: str | None = None
     gate_tau: float | None = None
     gate_rank: int | None = None
     normaliser: Literal["none", "sum"] = "none"
     scale: float | None = None
     conv_width: int = 0
     conv_activation: Literal["silu"] | None = None
-    out_norm: Literal["none", "head_rms", "full_rms", "srms"] = "head_rms"
-    out_gate: Literal["none", "silu", "sigmoid"] = "none"
+    out_norm: str = "head_rms"
+    out_gate: str = "none"
     out_gate_rank: int | None = None
     position: Literal["none", "rope"] = "none"
     causal: bool = True
 
     def __post_init__(self):
         check_types(self)
+        tables = {"feature": FEATURES, "slopes": SLOPES, "gate": GATES, "out_norm": OUT_NORMS, "out_gate": OUT_GATES}
+        for name, table in tables.items():
+            check_entry(self, name, table)
         check_positive(
             self,
             "heads",
@@ -91,36 +91,35 @@ class MixerConfig:
         check_positive(self, "scale", "out_gate_rank")
         refuse(self, "expand_k", 1.0, self.key_dim is not None, "key_dim sets the width")
         refuse(self, "expand_v", 1.0, self.value_dim is not None, "value_dim sets the width")
-        refuse(self, "feature_dim", None, self.feature != "hadamard", "only feature='hadamard' reads it")
+        free = [name for name, feature in FEATURES.items() if feature.width is None]
+        refuse(self, "feature_dim", None, self.feature not in free, f"only feature={_either(free)} reads it")
         refuse(self, "slopes", None, self.decay != "fixed", f"decay={self.decay!r} has no fixed slopes")
         refuse(self, "per_layer_slopes", False, self.decay != "fixed", f"decay={self.decay!r} has no slopes")
         gated = self.decay in ("scalar", "channel")
         refuse(self, "gate", None, not gated, f"decay={self.decay!r} has no gate")
         refuse(self, "gate_rank", None, not gated, f"decay={self.decay!r} has no gate")
-        refuse(self, "gate_tau", None, self.gate != "logsigmoid", "only gate='logsigmoid' reads it")
+        for name in sorted({name for gate in GATES.values() for name in gate.options}):
+            readers = [other for other, gate in GATES.items() if name in gate.options]
+            refuse(self, name, None, self.gate not in readers, f"only gate={_either(readers)} reads it")
         refuse(self, "scale", None, self.normaliser == "sum", "normaliser='sum' cancels it")
         refuse(self, "conv_activation", None, self.conv_width == 0, "conv_width=0 is no convolution")
         refuse(self, "out_gate_rank", None, self.out_gate == "none", "out_gate='none' has no gate")
         if self.decay == "fixed" and self.slopes is None:
-            raise ValueError("slopes must be 'alibi' or 'retnet' when decay='fixed', got None. Set one.")
+            raise ValueError(f"slopes must be one of {list(SLOPES)} when decay='fixed', got None. Set one.")
         if gated and self.gate is None:
-            raise ValueError(f"gate must be 'logsigmoid' or 'mamba' when decay={self.decay!r}, got None. Set one.")
+            raise ValueError(f"gate must be one of {list(GATES)} when decay={self.decay!r}, got None. Set one.")
         if self.conv_width < 0 or self.conv_width == 1:
             raise ValueError(f"conv_width must be 0 (none) or at least 2, got {self.conv_width}.")
-        if self.normaliser == "sum" and self.feature not in NON_NEGATIVE_FEATURES:
+        if self.normaliser == "sum" and not FEATURES[self.feature].non_negative:
+            non_negative = [name for name, feature in FEATURES.items() if feature.non_negative]
             raise ValueError(
-                f"normaliser='sum' divides by a sum of weights, so feature must be one of {NON_NEGATIVE_FEATURES}, "
+                f"normaliser='sum' divides by a sum of weights, so feature must be one of {non_negative}, "
                 f"got {self.feature!r}. Choose one of them, or normaliser='none' with out_norm='head_rms'."
             )
         if not self.causal and self.decay != "none":
             raise ValueError(
                 f"causal=False needs decay='none', got {self.decay!r}: bidirectional decay is not supported."
             )
-
-    @property
-    def transition(self) -> Transition:
-        """The kind of state transition, which follows from ``decay``."""
-        return {"none": "identity", "channel": "diagonal"}.get(self.decay, "scalar")  # type: ignore[return-value]
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MixerConfig:
@@ -144,6 +143,10 @@ class MixerConfig:
                 instead=(("key_dim", "expand_k"), ("value_dim", "expand_v")),
             )
         )
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(map(repr, names))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -56,6 +57,15 @@ def _is_a(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def check_entry(config: Any, name: str, table: Mapping[str, Any]) -> None:
+    """The field ``name`` is None or the name of an entry of ``table``."""
+    value = getattr(config, name)
+    if value is not None and value not in table:
+        close = difflib.get_close_matches(value, table, 1)
+        guess = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name} must be one of {list(table)}, got {value!r}.{guess}")
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -10,7 +10,6 @@ has exactly one state exchange.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +20,11 @@ from lasp.convolution import short_convolution
 from lasp.cp_context import CPContext
 from lasp.linear import linear_attention
 from lasp.models.config import ModelConfig
-from lasp.models.features import feature_map, feature_width, init_normal
+from lasp.models.features import feature_map, init_normal
+from lasp.models.gates import GATES, DecayGate, fixed_log_decay
 from lasp.models.layers import Linear, RMSNorm, Rotary, apply_rotary, low_rank
+from lasp.models.outputs import OUT_GATES, OUT_NORMS
+from lasp.models.sizes import LinearSizes
 
 NORMALISER_EPS = 1e-6
 
@@ -52,14 +54,15 @@ class LinearMixer(nn.Module):
         super().__init__()
         mixer, dim, projects = config.mixer, config.dim, heads is None
         self.options, self.heads = mixer, range(config.mixer_heads) if heads is None else heads
-        self.num_heads = config.mixer_heads
-        if mixer.out_norm in ("full_rms", "srms") and len(self.heads) < self.num_heads:
+        sizes = LinearSizes.of(config)
+        self.num_heads = sizes.heads
+        norm = OUT_NORMS[mixer.out_norm]
+        if norm is not None and norm.spans_heads and len(self.heads) < self.num_heads:
             raise ValueError(
                 f"out_norm={mixer.out_norm!r} spans all {self.num_heads} heads, but this rank has {len(self.heads)} of "
                 "them. Use out_norm='head_rms', or keep all heads on one rank."
             )
-        self.key_dim, self.value_dim = config.key_dim, config.value_dim
-        self.state_dim = feature_width(mixer.feature, self.key_dim, mixer.feature_dim)
+        self.key_dim, self.value_dim = sizes.key_dim, sizes.value_dim
         self.slope_factor = 1.0
         if mixer.per_layer_slopes:
             self.slope_factor = 1 - layer / max(config.num_layers - 1, 1) + 1e-5
@@ -73,12 +76,23 @@ class LinearMixer(nn.Module):
             feature_map(mixer.feature, self.key_dim, mixer.feature_dim, device, dtype) for _ in "qk"
         )
         if mixer.gate is not None:
-            self.decay = DecayGate(config, self.state_dim, len(self.heads), projects, device, dtype)
-        if mixer.out_norm != "none":
-            width = self.value_dim if mixer.out_norm == "head_rms" else widths[2]
-            self.out_norm = RMSNorm(width, config.norm_eps, mixer.out_norm != "srms", device, dtype)
+            self.decay = self._decay_gate(sizes.decays, dim if projects else None, device, dtype)
+        if norm is not None:
+            width = widths[2] if norm.spans_heads else self.value_dim
+            self.out_norm = RMSNorm(width, config.norm_eps, norm.affine, device, dtype)
         if projects and mixer.out_gate != "none":
             self.out_gate = low_rank(dim, widths[2], mixer.out_gate_rank, device, dtype)
+
+    def _decay_gate(self, decays: int, dim: int | None, device, dtype) -> DecayGate:
+        """The gate of these heads, with ``decays`` each; with ``dim`` it has a projection of tokens so wide."""
+        mixer, gate = self.options, GATES[self.options.gate]
+        channels = decays if mixer.decay == "channel" else None
+        proj = None
+        if dim is not None:
+            proj = low_rank(dim, len(self.heads) * decays, mixer.gate_rank, device, dtype)
+        set_here = {name: getattr(mixer, name) for name in gate.options}
+        options = {name: gate.options[name] if value is None else value for name, value in set_here.items()}
+        return gate.module(len(self.heads), channels, proj, **options, device=device, dtype=dtype)
 
     def init_parameters(self, generator: torch.Generator | None = None) -> None:
         """The convolution: normal, variance 1 / width."""
@@ -174,60 +188,10 @@ class LinearMixer(nn.Module):
         if self.options.normaliser == "sum":
             numerator, denominator = o.to(torch.promote_types(o.dtype, torch.float32)).split([self.value_dim, 1], -1)
             o = (numerator / (denominator + NORMALISER_EPS)).to(o.dtype)
-        if self.options.out_norm == "head_rms":
+        norm, activated = OUT_NORMS[self.options.out_norm], OUT_GATES[self.options.out_gate]
+        if norm is not None and not norm.spans_heads:
             o = self.out_norm(o)
         o = o.flatten(-2)
-        if self.options.out_norm in ("full_rms", "srms"):
+        if norm is not None and norm.spans_heads:
             o = self.out_norm(o)
-        if self.options.out_gate == "none":
-            return o
-        return o * (F.silu(gate) if self.options.out_gate == "silu" else gate.sigmoid())
-
-
-class DecayGate(nn.Module):
-    """Log-decay from the projected token: [B, T, H] for decay="scalar", [B, T, H, K] for "channel". Always <= 0.
-
-    The projection, ``proj`` or the host's, runs in the model's dtype, everything here in fp32 (fp64 for fp64).
-    """
-
-    def __init__(self, config: ModelConfig, state_dim: int, heads: int, projects: bool, device=None, dtype=None):
-        super().__init__()
-        self.options, self.heads = config.mixer, heads
-        self.width = state_dim if self.options.decay == "channel" else 1
-        out = self.heads * self.width
-        if projects:
-            self.proj = low_rank(config.dim, out, self.options.gate_rank, device, dtype)
-        self.bias = nn.Parameter(torch.empty(out, device=device, dtype=dtype))
-        if self.options.gate == "mamba":
-            self.A_log = nn.Parameter(torch.empty(self.heads, device=device, dtype=dtype))
-
-    def init_parameters(self, generator: torch.Generator | None = None) -> None:
-        """logsigmoid: c = 0. mamba: A uniform in [1, 16], softplus(c) log-uniform in [1e-3, 0.1] (arXiv 2405.21060)."""
-        if self.bias.is_meta:
-            return
-        with torch.no_grad():
-            if self.options.gate == "logsigmoid":
-                self.bias.zero_()
-                return
-            device = "cpu" if generator is None else generator.device
-            step = torch.rand(self.bias.shape, generator=generator, device=device, dtype=torch.float32)
-            step = torch.exp(step * math.log(100) + math.log(1e-3))
-            self.bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-            rate = torch.rand(self.A_log.shape, generator=generator, device=device, dtype=torch.float32)
-            self.A_log.copy_(torch.log(1 + 15 * rate))
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z [B, T, H * width], projected."""
-        dtype = torch.promote_types(z.dtype, torch.float32)
-        z = (z.to(dtype) + self.bias.to(dtype)).unflatten(-1, (self.heads, self.width))
-        if self.options.gate == "logsigmoid":
-            g = F.logsigmoid(z) / (self.options.gate_tau or 16.0)
-        else:
-            g = -self.A_log.to(dtype).exp()[:, None] * F.softplus(z)
-        return g if self.options.decay == "channel" else g.squeeze(-1)
-
-
-def fixed_log_decay(slopes: str, heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """g [H] of every head: ``alibi`` -2^(-8(h+1)/H), ``retnet`` log(1 - 2^(-5-h))."""
-    h = torch.arange(heads, device=device, dtype=dtype)
-    return -torch.exp2(-8 * (h + 1) / heads) if slopes == "alibi" else torch.log1p(-torch.exp2(-5 - h))
+        return o if activated is None else o * activated.activation(gate)

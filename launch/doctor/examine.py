@@ -30,7 +30,7 @@ from lasp.launch.run.backends import backend_mesh
 from lasp.launch.run.rendezvous import Job, choose_device, process_group
 from lasp.layout import SequenceLayout
 from lasp.models.linear_llama import LinearLlama
-from lasp.models.linear_mixer import LinearMixer
+from lasp.models.sizes import LinearSizes
 from lasp.parallel.mesh import Mesh
 
 WORK = "lasp.launch.doctor.examine:examine"
@@ -206,9 +206,8 @@ def implementations(config: RunConfig, device: torch.device) -> host.Rows:
     """What ``impl="auto"`` takes for the layers of the model on this device, and why."""
     model, dtype, rows = config.model, config.torch_dtype, {}
     if "L" in model.layer_kinds:
-        layer = LinearMixer(model, model.layer_kinds.index("L"), device="meta")
-        value_dim = layer.value_dim + (model.mixer.normaliser == "sum")
-        q, v = (torch.empty(1, 1, 1, size, device=device, dtype=dtype) for size in (layer.state_dim, value_dim))
+        sizes = LinearSizes.of(model)
+        q, v = (torch.empty(1, 1, 1, n, device=device, dtype=dtype) for n in (sizes.state_dim, sizes.columns))
         chosen = linear._choose(q, v)
         why = "Triton needs a CUDA device" if device.type != "cuda" else "the Triton kernels serve it"
         if device.type == "cuda" and chosen != "triton":

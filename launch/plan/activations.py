@@ -13,16 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lasp.kernels.torch_linear.operator import tokens_per_state
+from lasp.kernels.triton_linear.tiles import superchunk
 from lasp.models.config import ModelConfig
-from lasp.models.features import feature_width
+from lasp.models.features import FEATURES, FeatureMap
+from lasp.models.gates import GATES
+from lasp.models.outputs import OUT_GATES, OUT_NORMS
+from lasp.models.sizes import LinearSizes
 from lasp.softmax.gather import HEAD_GROUPS
-
-_CHUNK, _TILE_ELEMENTS, _LEAST_CHUNKS, _MOST_CHUNKS = (
-    64,
-    1 << 18,
-    4,
-    64,
-)  # of lasp.kernels.torch_linear.operator on a CPU
 
 
 class Term(NamedTuple):
@@ -65,34 +63,6 @@ class Load:
     def wide(self) -> int:
         """Bytes of a number in states, sums and statistics."""
         return max(4, self.width)
-
-
-@dataclass(frozen=True)
-class LinearSizes:
-    """Widths of a linear layer on one rank: heads H, K before and after the feature map, V with the column of ones."""
-
-    heads: int
-    key_dim: int
-    state_dim: int
-    value_dim: int
-    columns: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, tp_size: int = 1) -> LinearSizes:
-        """Of a model whose heads ``tp_size`` ranks share."""
-        mixer, width = config.mixer, config.value_dim
-        state_dim = feature_width(mixer.feature, config.key_dim, mixer.feature_dim)
-        ones = int(mixer.normaliser == "sum")
-        return cls(config.mixer_heads // tp_size, config.key_dim, state_dim, width, width + ones)
-
-    @property
-    def state_elements(self) -> int:
-        """Numbers in one state of all heads."""
-        return self.heads * self.state_dim * self.columns
-
-    def transition_elements(self, config: ModelConfig) -> int:
-        """Numbers in the transition that travels with a state."""
-        return {"none": 0, "fixed": 0, "scalar": self.heads, "channel": self.heads * self.state_dim}[config.mixer.decay]
 
 
 class Saved(NamedTuple):
@@ -150,34 +120,30 @@ def _linear_saved(config: ModelConfig, load: Load) -> tuple[list[Term], list[Ter
 
     if mixer.conv_width:
         keep(before, "input of the convolution", 2 * keys + values, "(2 H K + H V)")
-    raw = {"silu": 2 * keys, "elu1": 2 * keys, "taylor2": 2 * keys, "rebased": 4 * keys + 4 * s.heads}
-    raw["hadamard"] = 2 * keys + 4 * features
-    in_conv = mixer.conv_width and mixer.feature in raw  # then q, k and v before the map are one tensor
-    if mixer.feature in raw:
-        keep(before, f"q and k before and in the map {mixer.feature}", raw[mixer.feature], _RAW[mixer.feature])
+    feature = FEATURES[mixer.feature]
+    raw = 2 * s.heads * feature.kept(s.key_dim, s.state_dim)
+    if raw:
+        keep(before, f"q and k before and in the map {mixer.feature}", raw, _raw_formula(feature))
     keep(before, "q and k", 2 * features, "2 H K")
     keep(before, "v", s.heads * s.columns, "H V")
-    if in_conv and mixer.normaliser == "sum":
+    if mixer.conv_width and raw and mixer.normaliser == "sum":  # q, k and v before the map are one tensor
         keep(before, "v before its column of ones", values, "H V")
     if mixer.gate is not None:
-        gates = features if mixer.decay == "channel" else s.heads
-        copies = 2 if mixer.gate == "logsigmoid" and load.device == "cuda" else 3
-        keep(before, "log-decay and what makes it", copies * gates, f"{copies} x gates", load.wide)
+        copies = GATES[mixer.gate].kept[load.device]
+        keep(before, "log-decay and what makes it", copies * s.heads * s.decays, f"{copies} x gates", load.wide)
         if mixer.gate_rank:
             keep(before, "decay through its rank", mixer.gate_rank, "gate_rank")
     before.append(_states(config, s, load))
     if mixer.normaliser == "sum":
         keep(after, "numerator and denominator", values + 2 * s.heads, "(H V + 2 H)", load.wide)
-    span = s.value_dim if mixer.out_norm == "head_rms" else values
-    if mixer.out_norm != "none":
-        groups = values // span
-        norm = rms_norm(
-            "norm of the output", "V" if groups > 1 else "H V", span, count * groups, load, mixer.out_norm != "srms"
-        )
-        after.append(norm._replace(formula=norm.formula.replace("T x", "T x H x") if groups > 1 else norm.formula))
-    if mixer.out_gate != "none":
-        copies = 2 if mixer.out_gate == "silu" else 1
-        keep(before, "output gate", copies * values, f"{copies} x H V")
+    norm, gate = OUT_NORMS[mixer.out_norm], OUT_GATES[mixer.out_gate]
+    if norm is not None:
+        span, what, groups = (values, "H V", 1) if norm.spans_heads else (s.value_dim, "V", s.heads)
+        term = rms_norm("norm of the output", what, span, count * groups, load, norm.affine)
+        per_head = term.formula if norm.spans_heads else term.formula.replace("T x", "T x H x")
+        after.append(term._replace(formula=per_head))
+    if gate is not None:
+        keep(before, "output gate", gate.kept * values, f"{gate.kept} x H V")
         keep(after, "output before its gate", values, "H V")
         if mixer.out_gate_rank:
             keep(before, "output gate through its rank", mixer.out_gate_rank, "out_gate_rank")
@@ -185,29 +151,23 @@ def _linear_saved(config: ModelConfig, load: Load) -> tuple[list[Term], list[Ter
     return before, after
 
 
-_RAW = {
-    "silu": "2 H K",
-    "elu1": "2 H K",
-    "taylor2": "2 H key_dim",
-    "rebased": "(4 H key_dim + 4 H)",
-    "hadamard": "(2 H key_dim + 4 H K)",
-}
+def _raw_formula(feature: FeatureMap) -> str:
+    counts = {"H key_dim": feature.keeps_keys, "H K": feature.keeps_features, "H": feature.keeps_scalars}
+    parts = [f"{2 * count} {what}" for what, count in counts.items() if count]
+    return parts[0] if len(parts) == 1 else f"({' + '.join(parts)})"
 
 
 def _states(config: ModelConfig, s: LinearSizes, load: Load) -> Term:
     """States from which the backward goes on: one per superchunk (Triton) or tile (PyTorch), and per segment."""
     per_row = load.tokens // load.rows
     if load.device == "cuda":
-        from lasp.kernels.triton_linear.tiles import superchunk
-
         decay = ("none", "fixed", "scalar", "channel").index(config.mixer.decay)
         length = superchunk(decay, load.tokens * s.heads)
         what = "superchunk"
     else:
-        widest = max(s.state_dim, s.columns, _CHUNK)
-        chunks = -(-per_row // _CHUNK)
-        tile = _TILE_ELEMENTS // (load.rows * s.heads * _CHUNK * widest)
-        length = _CHUNK * max(_LEAST_CHUNKS, min(_MOST_CHUNKS, tile, chunks // 4))
+        length = tokens_per_state(
+            per_row, load.fragments, load.rows, s.heads, s.state_dim, s.columns, device_type=load.device
+        )
         what = "tile"
     states = -(-per_row // length) + load.fragments
     entries = load.fragments * (load.cp_size > 1)
@@ -295,9 +255,8 @@ def _linear_work(config: ModelConfig, load: Load) -> list[Term]:
     if mixer.out_gate != "none":
         terms.append(Term("gradient of the output gate", count * columns * width, f"T x H V x {width}"))
     if mixer.gate is not None:
-        gates = features if mixer.decay == "channel" else s.heads
-        copies = 2  # cumulative decays and the products that dg sums; or dg twice
-        terms.append(Term("decays and their gradient", copies * count * gates * 4, f"{copies} x T x gates x 4"))
+        size = 2 * count * s.heads * s.decays * 4  # cumulative decays and the products that dg sums; or dg twice
+        terms.append(Term("decays and their gradient", size, "2 x T x gates x 4"))
     exchange = exchange_term(config, load)
     return terms if exchange is None else [*terms, exchange]
 
@@ -307,7 +266,7 @@ def exchange_term(config: ModelConfig, load: Load) -> Term | None:
     if load.cp_size == 1:
         return None
     s, f = LinearSizes.of(config, load.tp_size), load.fragments
-    state, transition = (load.rows * n * load.wide for n in (s.state_elements, s.transition_elements(config)))
+    state, transition = (load.rows * n * load.wide for n in (s.state_elements, s.transition_elements))
     if load.exchange == "all_gather":
         return Term("exchange", 2 * load.cp_size * f * (state + transition), "2 x W F (b + a)")
     if load.exchange in ("ring", "all_scan"):

@@ -15,8 +15,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from lasp.launch.plan.activations import LinearSizes, Load, Saved, Term, rms_norm, saved_by_block, work_terms
+from lasp.launch.plan.activations import Load, Saved, Term, rms_norm, saved_by_block, work_terms
 from lasp.models.config import ModelConfig
+from lasp.models.sizes import LinearSizes
 from lasp.parallel.engines.zero_stages import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from lasp.parallel.gpt.weights import padded_vocab_size
 from lasp.parallel.objective import CHUNK_ELEMENTS
@@ -180,7 +181,7 @@ def _kept_by_block(config: ModelConfig, kind: str, load: Load) -> tuple[Term, ..
     if kind == "L" and load.cp_size > 1:
         s = LinearSizes.of(config, load.tp_size)
         maps = load.cp_size if load.exchange == "all_gather" else 1
-        size = load.rows * load.fragments * (s.state_elements + maps * s.transition_elements(config)) * load.wide
+        size = load.rows * load.fragments * (s.state_elements + maps * s.transition_elements) * load.wide
         terms.append(Term("states that exchanges brought", size, f"F x (H K V + {maps} a) x {load.wide}"))
     return tuple(terms)
 

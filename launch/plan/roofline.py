@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lasp.launch.plan.activations import LinearSizes, Load, saved_by_block
+from lasp.launch.plan.activations import Load, saved_by_block
 from lasp.launch.plan.memory import block_sizes
 from lasp.models.config import ModelConfig
-from lasp.models.features import feature_width
+from lasp.models.sizes import LinearSizes
 
 EFFICIENCY = 0.39
 _CHUNK = 64  # tokens whose scores a linear operator makes
@@ -110,13 +110,12 @@ def predict_work(config: ModelConfig, load: Load, seq_len: int, device: Device, 
 def state_bytes(config: ModelConfig, load: Load) -> tuple[int, int]:
     """b and a of one linear layer: bytes of a state map and of its transition, all rows."""
     s = LinearSizes.of(config, load.tp_size)
-    return (load.rows * s.state_elements * load.wide, load.rows * s.transition_elements(config) * load.wide)
+    return (load.rows * s.state_elements * load.wide, load.rows * s.transition_elements * load.wide)
 
 
 def widest_head(config: ModelConfig) -> int:
     """The larger of K and V of the linear layers; 0 without any."""
     if "L" not in config.layer_kinds:
         return 0
-    mixer = config.mixer
-    state_dim = feature_width(mixer.feature, config.key_dim, mixer.feature_dim)
-    return max(state_dim, config.value_dim + (mixer.normaliser == "sum"))
+    sizes = LinearSizes.of(config)
+    return max(sizes.state_dim, sizes.columns)

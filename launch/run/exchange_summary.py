@@ -10,7 +10,7 @@ from lasp.kernels.state import state_dtype
 from lasp.launch.config.schema import RunConfig
 from lasp.layout import SequenceLayout
 from lasp.models.config import ModelConfig
-from lasp.models.linear_mixer import LinearMixer
+from lasp.models.sizes import LinearSizes
 from lasp.parallel.mesh import Mesh
 from lasp.softmax.choice import softmax_choice
 
@@ -29,11 +29,10 @@ def exchange_rows(config: RunConfig, mesh: Mesh) -> dict[str, str]:
 
 
 def _linear(model: ModelConfig, cp: CPContext, dtype: torch.dtype, tp_size: int) -> str:
-    heads, state, transition, value_dim = map_size(model)
-    states = state_dtype(dtype)
-    chosen = setting(cp, heads // tp_size * state, heads // tp_size * transition, value_dim, states)
+    sizes, states = LinearSizes.of(model, tp_size), state_dtype(dtype)
+    chosen = setting(cp, sizes.state_elements, sizes.transition_elements, sizes.columns, states)
     wire = (cp.wire_dtype or states).itemsize
-    size = heads // tp_size * (state * wire + transition * states.itemsize)
+    size = sizes.state_elements * wire + sizes.transition_elements * states.itemsize
     fabric = "" if cp.fabric else " With exchange=auto and a fabric (lasp bench fabric) it is chosen by prediction."
     return f"{chosen.reason} {size / 2**10:,.0f} KiB per layer and fragment.{fabric}"
 
@@ -45,11 +44,3 @@ def _softmax(model: ModelConfig, cp: CPContext, dtype: torch.dtype, tp_size: int
     if model.window and cp.softmax_exchange == "all_gather":
         return f"the {model.window - 1} tokens before each fragment: window = {model.window}"
     return f"{cp.softmax_exchange}: as configured."
-
-
-def map_size(model: ModelConfig) -> tuple[int, int, int, int]:
-    """Of a linear layer: heads, numbers per head in a state and in a transition that travels, and value columns."""
-    layer = LinearMixer(model, model.layer_kinds.index("L"), device="meta")
-    value_dim = layer.value_dim + (model.mixer.normaliser == "sum")
-    transition = {"scalar": 1, "channel": layer.state_dim}.get(model.mixer.decay, 0)
-    return layer.num_heads, layer.state_dim * value_dim, transition, value_dim

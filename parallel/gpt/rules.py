@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from lasp.models.config import ModelConfig
+from lasp.models.outputs import OUT_NORMS
 from lasp.parallel.gpt.weights import padded_vocab_size
 
 
@@ -47,7 +48,8 @@ def check_model(model: ModelConfig, mesh: Grid, virtual_stages: int | None, sequ
             f"backend=megatron has no model.ffn_tile, got {model.ffn_tile}: the feed-forward layers are Megatron's. "
             "Leave it out; tp_size cuts their hidden width."
         )
-    if mesh.tp_size > 1 and "L" in model.layer_kinds and mixer.out_norm in ("full_rms", "srms"):
+    norm = OUT_NORMS[mixer.out_norm]
+    if mesh.tp_size > 1 and "L" in model.layer_kinds and norm is not None and norm.spans_heads:
         raise ValueError(
             f"mixer.out_norm={mixer.out_norm} spans all heads, and tp_size = {mesh.tp_size} cuts them. Set tp_size to "
             "1, or out_norm to head_rms."

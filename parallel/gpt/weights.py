@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lasp.models.config import ModelConfig
-from lasp.models.features import feature_width
+from lasp.models.sizes import LinearSizes
 
 _WHOLE = {  # outside the layers
     "embed.weight": "embedding.word_embeddings.weight",
@@ -133,15 +133,14 @@ def _qkv_parts(config: ModelConfig, kind: str) -> tuple[list[str], list[int]]:
     """Native parameters fused into linear_qkv, and the rows of one head of each."""
     if kind == "S":
         return [f"mixer.{x}_proj.weight" for x in "qkv"], [config.softmax_head_dim] * 3
-    mixer, names = config.mixer, [f"mixer.{x}_proj.weight" for x in "qkv"]
-    sizes = [config.key_dim, config.key_dim, config.value_dim]
-    if mixer.gate is not None:
+    layer, names = LinearSizes.of(config), [f"mixer.{x}_proj.weight" for x in "qkv"]
+    sizes = [layer.key_dim, layer.key_dim, layer.value_dim]
+    if layer.decays:
         names.append("mixer.decay.proj.weight")
-        wide = feature_width(mixer.feature, config.key_dim, mixer.feature_dim)
-        sizes.append(wide if mixer.decay == "channel" else 1)
-    if mixer.out_gate != "none":
+        sizes.append(layer.decays)
+    if config.mixer.out_gate != "none":
         names.append("mixer.out_gate.weight")
-        sizes.append(config.value_dim)
+        sizes.append(layer.value_dim)
     return names, sizes
 
 

@@ -29,12 +29,10 @@ from lasp.cp_context import CPContext
 from lasp.models.config import MixerConfig, ModelConfig
 from lasp.models.features import init_normal
 from lasp.models.linear_mixer import LinearMixer
+from lasp.models.sizes import LinearSizes
 from lasp.parallel.megatron.contexts import CPContexts, Order
 from lasp.parallel.megatron.layouts import LayoutParams
 from lasp.parallel.megatron.refusals import check_call, check_convolution, check_core, check_mixer
-
-# of a mixer, per head, so cut over TP along dim 0; the rest of it is replicated
-TP_SHARDED = ("decay.bias", "decay.A_log", "conv_q", "conv_k", "conv_v")
 
 
 class _CoreAttention(MegatronModule):
@@ -183,11 +181,11 @@ class LinearCoreAttention(_CoreAttention):
         place = {"device": device, "dtype": config.params_dtype}
         self.mixer = _HeadMixer(model, self.layer_number - 1, **place, heads=self.heads)
         self.tail_dims = (
-            self.mixer.decay.width if mixer.gate is not None else 0,
+            LinearSizes.of(model).decays,
             self.head_dim if mixer.out_gate != "none" else 0,
         )
         for name, parameter in self.mixer.named_parameters():
-            if name in TP_SHARDED:
+            if name in self.mixer.per_head:
                 tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         if config.perform_initialization:
             self._init_parameters(model)
@@ -202,7 +200,7 @@ class LinearCoreAttention(_CoreAttention):
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,
-            {f"mixer.{name}": 0 for name in TP_SHARDED},
+            {f"mixer.{name}": 0 for name in self.mixer.per_head},
             sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
@@ -218,7 +216,7 @@ class LinearCoreAttention(_CoreAttention):
         with torch.no_grad():
             for name, parameter in self.mixer.named_parameters():
                 value = values[name]
-                if name in TP_SHARDED:
+                if name in self.mixer.per_head:
                     value = value.unflatten(0, (model.mixer_heads, -1))[self.heads.start : self.heads.stop].flatten(
                         0, 1
                     )
@@ -236,7 +234,7 @@ class LinearCoreAttention(_CoreAttention):
         replicated = {
             name: tensor_parallel.copy_to_tensor_model_parallel_region(parameter, group=self.tp_group)
             for name, parameter in self.mixer.named_parameters()
-            if name not in TP_SHARDED  # each TP rank has the gradient of its heads: the sum is the gradient
+            if name not in self.mixer.per_head  # each TP rank has the gradient of its heads: the sum is the gradient
         }
         o, _ = torch.func.functional_call(self.mixer, replicated, (q, k.flatten(-2), v.flatten(-2), decay, gate, cp))
         return o
@@ -255,6 +253,12 @@ class _HeadMixer(LinearMixer):
             for name, width in widths.items():
                 weight = torch.empty(len(heads) * width, self.options.conv_width, device=device, dtype=dtype)
                 self.register_parameter(name, torch.nn.Parameter(weight))
+
+    @property
+    def per_head(self) -> tuple[str, ...]:
+        """Parameters of heads, which TP cuts along dim 0; the others are replicated."""
+        decay = () if self.options.gate is None else tuple(f"decay.{name}" for name in self.decay.per_head)
+        return (*decay, "conv_q", "conv_k", "conv_v") if self.options.conv_width else decay
 
     def init_parameters(self, generator: torch.Generator | None = None) -> None:
         """The convolution, as :meth:`lasp.models.linear_mixer.LinearMixer.init_parameters`."""

@@ -13,21 +13,6 @@ def test_every_family_is_a_setting_of_one_class(name):
     assert MixerConfig.preset(name, heads=3).heads == 3
 
 
-def test_transition_follows_from_decay():
-    kinds = {name: MixerConfig.preset(name).transition for name in MIXER_PRESETS}
-    assert kinds == {
-        "linear": "identity",
-        "basic": "identity",
-        "linear_norm": "identity",
-        "lightning": "scalar",
-        "retnet": "scalar",
-        "gla": "diagonal",
-        "based": "identity",
-        "rebased": "identity",
-    }
-    assert MixerConfig(decay="scalar", gate="mamba").transition == "scalar"
-
-
 def test_own_fields_win_over_the_preset():
     gla = MixerConfig.preset("gla", key_dim=24, out_gate="sigmoid", gate_tau=8)
     assert (gla.key_dim, gla.expand_k, gla.out_gate, gla.gate_tau) == (24, 1.0, "sigmoid", 8)
@@ -59,7 +44,8 @@ def test_pattern_repeats_to_the_number_of_layers():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"feature": "exp"}, r"feature must be \['identity', .*\], got 'exp'"),
+        ({"feature": "exp"}, r"feature must be one of \['identity', .*\], got 'exp'\.$"),
+        ({"feature": "rebase"}, r"feature must be one of .*, got 'rebase'\. Did you mean 'rebased'\?"),
         ({"heads": True}, "heads must be int or None, got True"),
         ({"heads": "4"}, "heads must be int or None, got '4'"),
         ({"heads": 0}, "heads must be positive and finite, got 0"),
@@ -68,8 +54,12 @@ def test_pattern_repeats_to_the_number_of_layers():
         ({"slopes": "alibi"}, "slopes='alibi' has no effect: decay='none' has no fixed slopes"),
         ({"per_layer_slopes": True}, "per_layer_slopes=True has no effect"),
         ({"gate": "mamba"}, "gate='mamba' has no effect: decay='none' has no gate"),
-        ({"decay": "fixed"}, "slopes must be 'alibi' or 'retnet' when decay='fixed', got None"),
-        ({"decay": "channel"}, "gate must be 'logsigmoid' or 'mamba' when decay='channel', got None"),
+        ({"gate": "mambo"}, r"gate must be one of \['logsigmoid', 'mamba'\], got 'mambo'\. Did you mean 'mamba'\?"),
+        ({"decay": "fixed"}, r"slopes must be one of \['alibi', 'retnet'\] when decay='fixed', got None"),
+        ({"decay": "fixed", "slopes": "alibis"}, r"slopes must be one of .*, got 'alibis'\. Did you mean 'alibi'\?"),
+        ({"out_norm": "rms"}, r"out_norm must be one of \['none', .*\], got 'rms'"),
+        ({"out_gate": "swish"}, r"out_gate must be one of \['none', 'silu', 'sigmoid'\], got 'swish'\.$"),
+        ({"decay": "channel"}, r"gate must be one of \['logsigmoid', 'mamba'\] when decay='channel', got None"),
         ({"decay": "scalar", "gate": "mamba", "gate_tau": 8}, "gate_tau=8 has no effect: only gate='logsigmoid'"),
         ({"feature": "silu", "feature_dim": 4}, "feature_dim=4 has no effect: only feature='hadamard'"),
         ({"normaliser": "sum"}, "normaliser='sum' divides by a sum of weights, .* got 'identity'"),

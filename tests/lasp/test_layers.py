@@ -8,10 +8,12 @@ import torch.nn.functional as F
 
 from lasp import CPContext, linear_attention
 from lasp.models.config import ModelConfig
-from lasp.models.features import feature_map, feature_width
+from lasp.models.features import FEATURES, feature_map, feature_width
+from lasp.models.gates import GATES, fixed_log_decay
 from lasp.models.layers import RMSNorm, SoftmaxMixer, SwiGLU, apply_rotary, rotary_angles
-from lasp.models.linear_mixer import DecayGate, LinearMixer, fixed_log_decay
+from lasp.models.linear_mixer import LinearMixer
 from lasp.models.presets import MIXER_PRESETS
+from lasp.models.sizes import LinearSizes
 from tests.harness import assert_close, relative_error
 
 DIM, HEADS, LAYER, LAYERS = 16, 2, 1, 3
@@ -196,10 +198,28 @@ def test_one_operator_call_per_layer(name, monkeypatch):
     width = feature_width(config.mixer.feature, config.key_dim, config.mixer.feature_dim)
     assert q.shape == k.shape == (2, 6, HEADS, width)
     assert v.shape == (2, 6, HEADS, config.value_dim + (config.mixer.normaliser == "sum"))
-    assert g is None or (g.shape[-1] == width) == (config.mixer.transition == "diagonal")
+    shapes = {"none": None, "fixed": (HEADS,), "scalar": (2, 6, HEADS), "channel": (2, 6, HEADS, width)}
+    assert (None if g is None else g.shape) == shapes[config.mixer.decay]
 
 
-@pytest.mark.parametrize("name", ["taylor2", "rebased", "hadamard", "elu1", "relu", "silu", "identity"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "bidirectional" not in name])
+def test_sizes_are_those_of_the_layer(name):
+    """The widths that planners and messages count with, against the tensors of the layer itself."""
+    config = make_config(SETTINGS[name])
+    sizes, mixer = LinearSizes.of(config), make_mixer(config)
+    x = torch.randn(1, 6, DIM, dtype=torch.float64)
+    rotary = {sizes.key_dim: rotary_angles(torch.arange(6), sizes.key_dim, 10000.0, x.dtype)}
+    _, cache = mixer(x, rotary, keep_cache=True)
+    assert cache.state.shape == (1, sizes.heads, sizes.state_dim, sizes.columns)
+    assert cache.state.numel() == sizes.state_elements
+    assert mixer.k_proj.out_features == sizes.heads * sizes.key_dim
+    assert mixer.v_proj.out_features == sizes.heads * sizes.value_dim
+    gated = config.mixer.gate is not None
+    assert sizes.transition_elements == (mixer.decay.proj(x).shape[-1] if gated else 0)
+    assert LinearSizes.of(config, HEADS).transition_elements * HEADS == sizes.transition_elements
+
+
+@pytest.mark.parametrize("name", FEATURES)
 def test_feature_width(name):
     phi = feature_map(name, 6, dtype=torch.float64)
     if hasattr(phi, "init_parameters"):
@@ -215,11 +235,11 @@ def test_width_of_based_and_rebased_features():
     assert feature_width("hadamard", 16, 24) == 24
 
 
-@pytest.mark.parametrize("gate", ["logsigmoid", "mamba"])
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 def test_gates_are_never_positive_and_fp32(gate, decay):
     config = make_config({"decay": decay, "gate": gate})
-    layer = DecayGate(config, 8, HEADS, True, dtype=torch.bfloat16)
+    layer = LinearMixer(config, dtype=torch.bfloat16).decay
     layer.init_parameters(torch.Generator().manual_seed(1))
     torch.nn.init.normal_(layer.proj.weight, std=100.0)  # saturates both ends
     g = layer(layer.proj(torch.randn(4, 50, DIM).bfloat16()))

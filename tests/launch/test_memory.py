@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lasp import CPContext, linear_attention
+from lasp.kernels.torch_linear.operator import tokens_per_state
 from lasp.launch.plan.activations import Load, saved_by_block
 from lasp.launch.plan.memory import Setup, block_sizes, predict_memory, total
 from lasp.layout import SequenceLayout
@@ -63,6 +65,20 @@ def test_what_a_block_keeps(kind, width):
         assert measured < 0.05 * counted
         counted = rows * length * one.dim * width
     assert counted == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "tokens, segments, heads, width", [(300, 1, 2, 8), (2000, 1, 1, 8), (9000, 2, 4, 16), (240, 8, 2, 4)]
+)
+def test_the_operator_says_how_many_states_it_keeps(tokens, segments, heads, width):
+    q, k, v = (torch.randn(1, tokens, heads, width) for _ in range(3))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        linear_attention(q.requires_grad_(), k, v, cp=CPContext.local(range(0, tokens + 1, tokens // segments)))
+    length = tokens_per_state(tokens, segments, 1, heads, width, width, "cpu")
+    states = -(-tokens // length)
+    assert states != segments  # as many states are those at the segments' ends
+    assert (states, 1, heads, width, width) in kept
 
 
 def peak_of_a_step(group, config, length, dtype, cp_size=1, engine="ddp"):
