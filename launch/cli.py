@@ -16,6 +16,7 @@ import click
 
 from lasp.launch.bench.commands import bench
 from lasp.launch.versions import missing_extra, version_line
+from lasp.parallel.engines.table import ENGINES
 
 _FAILURE, _INTERRUPTED = 1, 130
 _DEBUG = "--debug"
@@ -154,7 +155,7 @@ def verify(config: str, overrides: tuple[str, ...], cp_size: int | None, **sizes
 @click.option("--batch", type=int, help="Sequences of a step; default: the YAML file's, or 1.")
 @click.option("--gpus-per-node", type=int, default=8, show_default=True)
 @click.option("--memory", default="80GB", show_default=True, help="Of one GPU.")
-@click.option("--engine", help="ddp, fsdp2, zero0 to zero3, megatron; default: the best.")
+@click.option("--engine", help=f"{', '.join(ENGINES)}; default: the best.")
 @click.option("--layout", help="contiguous or zigzag; default: the YAML file's, or contiguous.")
 @click.option("--device", help="h100, a100 or cpu; default: the fabric's.")
 @click.option(

@@ -39,7 +39,7 @@ from lasp.launch.config.yaml_text import parse_yaml
 from lasp.launch.data.token_files import STDLIB
 from lasp.launch.data.tokenizer import BYTES, load_tokenizer
 from lasp.models.config import MixerConfig, ModelConfig
-from lasp.parallel.engines.zero import check_available
+from lasp.parallel.engines.table import native_engine
 from lasp.parallel.file_errors import reading
 from lasp.softmax.ulysses import check_heads
 
@@ -63,6 +63,7 @@ class RunConfig(Section):
         cp_size, dp_size: ranks per sequence, sequences in flight; dp_size null: from the number of ranks, 1 if
             local.
         tp_size, pp_size: tensor- and pipeline-parallel ranks, of backend megatron.
+        engine: who holds parameters, gradients and states: a name in :mod:`lasp.parallel.engines.table`.
         backend: ``native``, or ``megatron``: the same model on megatron-core, on CUDA devices.
         offload_activations: keep what a forward pass saves for its backward in host memory.
         device: ``auto`` takes CUDA where every local rank gets a device of its own, else the CPU.
@@ -85,7 +86,7 @@ class RunConfig(Section):
     tp_size: Count = 1
     pp_size: Count = 1
     backend: Literal["native", "megatron"] = "native"
-    engine: Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"] = "ddp"
+    engine: str = "ddp"
     offload_activations: bool = False
     launcher: Literal["local", "torchrun", "ray"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -119,8 +120,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.engine.startswith("zero"):
-            check_available(self.engine, self.torch_dtype)
+        native_engine(self.engine).check_available(self.dtype)
         if self.backend == "native":
             for key, only in (("tp_size", 1), ("pp_size", 1), ("megatron", MegatronConfig())):
                 if getattr(self, key) != only:

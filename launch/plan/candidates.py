@@ -21,6 +21,8 @@ from lasp.launch.plan.memory import Memory, Parameters, Setup, predict_memory
 from lasp.launch.plan.question import Job
 from lasp.launch.plan.roofline import Work, predict_work, state_bytes
 from lasp.models.config import ModelConfig
+from lasp.parallel.engines.kinds import Traffic
+from lasp.parallel.engines.table import engine_kind
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def price(
     bubble = 1 + (pp - 1) / micro_batches
     compute = micro_batches * work.total * bubble
     exposed = micro_batches * exposed * bubble + _parameter_traffic(job, model, engine, mesh, compute)
-    setup = Setup(engine, load, cp * dp, pp, micro_batches, job.offload and engine != "megatron")
+    setup = Setup(engine, load, cp * dp, pp, micro_batches, job.offload and engine_kind(engine).native)
     step = compute + exposed
     return Candidate(
         *mesh, engine, model.recompute, model.ffn_tile, exchange, there.slices if there else 1, softmax,
@@ -148,8 +150,8 @@ def _parameter_traffic(
 ) -> float:
     """Exposed seconds of the sums of gradients, and of gathering parameters where they are cut.
 
-    ddp, zero0-2 and Megatron's sum once, after the last backward: exposed whole. fsdp2 and zero3 gather in the forward
-    and in the backward of each micro batch and sum in the backward, behind the computation of the neighbouring block.
+    One sum after the last backward is exposed whole. An engine that works block by block gathers in the forward and in
+    the backward of each micro batch and sums in the backward, behind the computation of the neighbouring block.
     """
     tp, pp, cp, dp = mesh
     ranks = cp * dp
@@ -157,7 +159,7 @@ def _parameter_traffic(
         return 0.0
     parameters = Parameters.of(model, tp, pp).all
     inside = job.gpus <= job.gpus_per_node
-    if engine in ("fsdp2", "zero3"):
+    if engine_kind(engine).traffic is Traffic.BY_BLOCK:
         micro_batches = job.batch // dp
         size = parameters * (2 * job.dtype_bytes + 4)
         seconds = micro_batches * _all_reduce(size, ranks, job, inside=inside) / 2

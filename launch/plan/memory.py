@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from lasp.launch.plan.activations import Load, Saved, Term, rms_norm, saved_by_block, work_terms
 from lasp.models.config import ModelConfig
 from lasp.models.sizes import LinearSizes
-from lasp.parallel.engines.zero_stages import BUCKET_ELEMENTS, LIVE_ELEMENTS
+from lasp.parallel.engines.kinds import EngineKind, Master
+from lasp.parallel.engines.table import engine_kind
 from lasp.parallel.gpt.weights import padded_vocab_size
 from lasp.parallel.objective import CHUNK_ELEMENTS
 
-ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "megatron")
 CUDA_BYTES = 2 * 2**30  # context, libraries, NCCL's buffers: assumed
 
 
@@ -31,7 +31,7 @@ class Setup:
     """Who holds what.
 
     Attributes:
-        engine: one of ``ENGINES``; ``megatron`` is its distributed optimizer.
+        engine: a name in the table of engines; ``megatron`` is its distributed optimizer.
         load: what a rank computes at a time.
         ranks: that share states: dp x cp.
         pp_size, micro_batches: pipeline stages, and micro batches of a step.
@@ -44,6 +44,11 @@ class Setup:
     pp_size: int = 1
     micro_batches: int = 1
     offload: bool = False
+
+    @property
+    def kind(self) -> EngineKind:
+        """What the table of engines says of the engine."""
+        return engine_kind(self.engine)
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,6 @@ def predict_memory(config: ModelConfig, setup: Setup) -> Memory:
     Raises:
         ValueError: an unknown engine.
     """
-    if setup.engine not in ENGINES:
-        raise ValueError(f"engine must be one of {ENGINES}, got {setup.engine!r}. Choose one of them.")
     load, parameters = setup.load, Parameters.of(config, setup.load.tp_size, setup.pp_size)
     held = [*state_terms(setup, parameters), Term("tokens and labels", 16 * load.tokens, "2 x T x 8")]
     if load.device == "cuda":
@@ -129,7 +132,7 @@ def predict_memory(config: ModelConfig, setup: Setup) -> Memory:
             name = f"backward of a {_KINDS[kind]} layer: {part}"
             phases[name] = (*others, *weight, *_of_block(config, saved, part), *terms)
     phases["backward of the embedding"] = (*weight, *weight)
-    sharing = 1 if setup.engine in ("ddp", "zero0") else setup.ranks
+    sharing = setup.ranks if setup.kind.cut_states else 1
     phases["update"] = (
         Term("divisor of AdamW", parameters.all / sharing * load.wide, f"parameters updated x {load.wide}"),
     )
@@ -141,36 +144,20 @@ _KINDS = {"L": "linear", "S": "softmax"}
 
 def state_terms(setup: Setup, parameters: Parameters) -> list[Term]:
     """Parameters, gradients and optimizer states of one rank, and what its engine gathers."""
-    engine, n, ranks = setup.engine, parameters.all, setup.ranks
+    kind, n, ranks = setup.kind, parameters.all, setup.ranks
     width, wide = setup.load.width, setup.load.wide
-    shared = f"N / {ranks}"
-    if engine in ("ddp", "zero0"):
-        master = [Term("master copy", n * wide, f"N x {wide}")] if width < wide or engine == "zero0" else []
-        whole = [Term("parameters", n * width, f"N x {width}"), Term("gradients", n * wide, f"N x {wide}")]
-        return [*whole, *master, Term("moments", 2 * n * wide, f"2 x N x {wide}")]
-    states = [
-        Term("master copy", n / ranks * wide, f"{shared} x {wide}"),
-        Term("moments", 2 * n / ranks * wide, f"2 x {shared} x {wide}"),
-    ]
-    cut = Term("gradients", n / ranks * wide, f"{shared} x {wide}")
-    if engine == "fsdp2":
-        block, root = parameters.block, parameters.root
-        return [
-            *states,
-            cut,
-            Term("gathered: embedding and head", root * width, f"N outside of blocks x {width}"),
-            Term("gathered: a block and the next", 2 * block * width, f"2 x N of a block x {width}"),
-            Term("gradients of a block, being summed", block * (width + wide), f"N of a block x ({width} + {wide})"),
-        ]
-    bucket = Term("bucket of gradients", min(n, BUCKET_ELEMENTS) * wide, f"{BUCKET_ELEMENTS} x {wide} at most")
-    if engine == "zero3":
-        live = min(n, LIVE_ELEMENTS) * width
-        share = Term("parameters", n / ranks * width, f"{shared} x {width}")
-        return [share, *states, cut, bucket, Term("gathered", live, f"{LIVE_ELEMENTS} x {width} at most")]
-    whole = Term("parameters", n * width, f"N x {width}")
-    if engine == "zero2":
-        return [whole, *states, cut, bucket]
-    return [whole, *states, Term("gradients", n * wide, f"N x {wide}")]  # zero1, Megatron's
+
+    def held(name: str, cut: bool, count: int, size: int) -> Term:
+        """``count`` tensors as large as the parameters, of numbers of ``size`` bytes."""
+        times = "" if count == 1 else f"{count} x "
+        share, elements = (f"N / {ranks}", n / ranks) if cut else ("N", n)
+        return Term(name, count * elements * size, f"{times}{share} x {size}")
+
+    terms = [] if kind.master is Master.ALONE else [held("parameters", kind.cut_parameters, 1, width)]
+    if kind.master is not Master.IF_NARROW or width < wide:
+        terms.append(held("master copy", kind.cut_states, 1, wide))
+    terms += [held("moments", kind.cut_states, 2, wide), held("gradients", kind.cut_gradients, 1, wide)]
+    return [*terms, *(Term(*part) for part in kind.in_work(parameters, width, wide))]
 
 
 def _kept_by_block(config: ModelConfig, kind: str, load: Load) -> tuple[Term, ...]:
@@ -228,7 +215,7 @@ def _of_block(config: ModelConfig, saved: Saved, part: str) -> list[Term]:
 
 def _output_weight_gradient(config: ModelConfig, setup: Setup, parameters: Parameters) -> list[Term]:
     """Made in the loss; it waits for the embedding's where they are one, or where all is summed at the end."""
-    if not config.tie_embeddings and setup.engine not in ("fsdp2", "zero3"):
+    if not config.tie_embeddings and not setup.kind.gathers_parameters:
         return []
     size = parameters.vocabulary * config.dim * setup.load.width
     return [Term("gradient of the output weight", size, f"vocab x dim x {setup.load.width}")]
@@ -241,7 +228,7 @@ def _loss_phases(
     load, rows, dim = setup.load, parameters.vocabulary, config.dim
     count, width, wide = load.tokens, load.width, load.wide
     norm = rms_norm("final norm", "dim", dim, count, load)
-    if setup.engine == "megatron":
+    if not setup.kind.native:
         size = count * rows * (2 * width + 2 * wide)
         return {"loss": (*kept, norm, Term("logits", size, f"T x vocab x (2 x {width} + 2 x {wide})"))}
     chunk = max(1, min(count, CHUNK_ELEMENTS // config.vocab_size))

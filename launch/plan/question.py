@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from math import inf
 
 from lasp.cost.fabric import Fabric
-from lasp.launch.plan.memory import ENGINES
 from lasp.launch.plan.roofline import DEVICES, Device
 from lasp.models.config import ModelConfig
+from lasp.parallel.engines.table import ENGINES
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 _BYTES = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -26,7 +26,7 @@ class Job:
         fabric: the wires.
         memory: bytes of one GPU.
         device: what computes.
-        engine: one of ``ENGINES``, or ``auto``: ddp and fsdp2, and Megatron's with tp or pp.
+        engine: a name in the table of engines, or ``auto``: those that it proposes.
         layout: ``contiguous`` or ``zigzag``.
         dtype_bytes: of activations.
         tokens_per_s: measured speed of one GPU without context parallelism, without recomputation; None: the roofline.

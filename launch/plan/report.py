@@ -20,6 +20,7 @@ from lasp.launch.plan.search import Plan, make_plan, nothing_fits
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import num_parameters
 from lasp.models.presets import MODEL_PRESETS
+from lasp.parallel.engines.table import engine_kind
 
 TIGHT = 0.9  # of the memory: the model's error is up to a tenth
 WIDEST_KERNEL_HEAD = 256  # of the Triton kernels
@@ -211,8 +212,8 @@ def recommended_yaml(name: str, run: RunConfig | None, plan: Plan, fabric: str) 
     for key in _PLANNED:
         values.pop(key, None)
     values |= {"cp_size": best.cp, "dp_size": best.dp, "layout": job.layout}
-    if best.engine == "megatron":
-        values |= {"backend": "megatron", "tp_size": best.tp, "pp_size": best.pp}
+    if not engine_kind(best.engine).native:
+        values |= {"backend": best.engine, "tp_size": best.tp, "pp_size": best.pp}
     else:
         values["engine"] = best.engine
     values |= _travel(best, fabric)

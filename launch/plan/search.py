@@ -16,6 +16,8 @@ from lasp import cost
 from lasp.launch.plan.candidates import Candidate, describe, price
 from lasp.launch.plan.question import Job
 from lasp.models.config import ModelConfig
+from lasp.parallel.engines.kinds import EngineKind
+from lasp.parallel.engines.table import ENGINES, engine_kind
 from lasp.parallel.gpt.rules import check_model
 
 FFN_TILE = 8192  # tokens; proposed where a rank has more
@@ -42,12 +44,8 @@ def make_plan(job: Job) -> Plan:
     Raises:
         ValueError: there is none: no mesh divides, or none is allowed; or none fits, naming the nearest.
     """
-    if job.gpus == 1 and job.engine not in ("auto", "ddp", "megatron"):
-        raise ValueError(
-            f"engine={job.engine} cuts over at least two ranks, got gpus = 1. Use ddp, or leave --engine out."
-        )
-    if job.engine == "megatron" and job.device.name == "cpu":
-        raise ValueError("engine=megatron needs CUDA devices, got device cpu. Use another engine, or --device.")
+    if job.engine != "auto":
+        _check_engine(job, engine_kind(job.engine))
     refused: dict[str, list[str]] = {}
     candidates = [c for mesh in _meshes(job, refused) for c in _of_mesh(job, *mesh)]
     if not candidates:
@@ -59,6 +57,16 @@ def make_plan(job: Job) -> Plan:
     fitting = [c for c in candidates if c.memory.peak <= job.memory]
     best = fitting[0] if fitting else None
     return Plan(job, tuple(candidates), best, _listed(refused))
+
+
+def _check_engine(job: Job, kind: EngineKind) -> None:
+    if job.gpus < kind.min_ranks:
+        raise ValueError(
+            f"engine={kind.name} needs at least {kind.min_ranks} ranks to share states over, got gpus = {job.gpus}. "
+            "Use ddp, or leave --engine out."
+        )
+    if not kind.native and job.device.name == "cpu":
+        raise ValueError(f"engine={kind.name} needs CUDA devices, got device cpu. Use another engine, or --device.")
 
 
 def nothing_fits(plan: Plan) -> str:
@@ -100,7 +108,7 @@ def _meshes(job: Job, refused: dict[str, list[str]]) -> Iterator[tuple[int, int,
                 if job.device.name == "cpu":
                     refused.setdefault("backend=megatron needs CUDA devices.", []).append(f"{tp} x {pp}")
                     continue
-                if job.engine not in ("auto", "megatron"):
+                if job.engine != "auto" and engine_kind(job.engine).native:
                     continue
                 try:
                     check_model(_without_tile(job.model), _Sizes(tp, pp), None, False)
@@ -140,15 +148,21 @@ def _divisors(n: int) -> list[int]:
 def _of_mesh(job: Job, tp: int, pp: int, cp: int, dp: int) -> Iterator[Candidate]:
     """With and without recomputation, each with the fastest engine and tile that fits, else the leanest."""
     tokens = -(-job.seq_len // cp)
-    megatron = tp * pp > 1 or job.engine == "megatron"
-    engines = ["megatron"] if megatron else ["ddp", "fsdp2"] if job.engine == "auto" else [job.engine]
-    if cp * dp == 1:
-        engines = [e for e in engines if e in ("ddp", "megatron")]  # the others cut over at least two ranks
-    tiles = [None] if megatron or tokens <= FFN_TILE else [None, FFN_TILE]
+    engines = _engines(job, cut=tp * pp > 1, ranks=cp * dp)
+    tiles = [None] if tokens <= FFN_TILE or not all(kind.native for kind in engines) else [None, FFN_TILE]
     exchanges = cost.EXCHANGES if cp > 1 and "L" in job.model.layer_kinds else (None,)
     for recompute, exchange in itertools.product((False, True), exchanges):
         models = [dataclasses.replace(job.model, recompute=recompute, ffn_tile=tile) for tile in tiles]
-        found = [price(job, (tp, pp, cp, dp), engine, model, exchange) for engine in engines for model in models]
+        found = [price(job, (tp, pp, cp, dp), kind.name, model, exchange) for kind in engines for model in models]
         fitting = [c for c in found if c.memory.peak <= job.memory]
         if found:
             yield max(fitting, key=lambda c: c.tokens_per_s) if fitting else min(found, key=lambda c: c.memory.peak)
+
+
+def _engines(job: Job, *, cut: bool, ranks: int) -> list[EngineKind]:
+    """What the job asks for, or all that are proposed for models that are cut over tp and pp, or not."""
+    if job.engine == "auto":
+        kinds = [kind for kind in ENGINES.values() if kind.proposed and kind.native is not cut]
+    else:
+        kinds = [engine_kind(job.engine)]
+    return [kind for kind in kinds if ranks >= kind.min_ranks]

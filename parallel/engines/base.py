@@ -2,13 +2,9 @@
 
 A step: count the labels of all micro batches and ranks; forward and backward of each micro batch; sum the gradients
 over all ranks; clip by the norm of that sum, which is the true global norm; update. Nothing is averaged. A cp rank is
-a data-parallel rank to all this. An engine says how gradients are collected, measured and applied:
-
-    ddp      every rank holds all parameters, gradients and optimizer states     lasp.parallel.engines.ddp
-    fsdp2    every rank holds its share of all three                             lasp.parallel.engines.fsdp
-    zero0-3  DeepSpeed: as ddp; shares of the states; of gradients; of all       lasp.parallel.engines.zero
-
-Megatron has parameters, schedules and optimizers of its own: lasp.parallel.megatron.engine.
+a data-parallel rank to all this. An engine says how gradients are collected, measured and applied; which engines there
+are, and what each holds: :mod:`lasp.parallel.engines.table`. Megatron has parameters, schedules and optimizers of its
+own: :mod:`lasp.parallel.megatron.engine`.
 """
 
 from __future__ import annotations
@@ -24,6 +20,7 @@ from torch import Tensor, nn
 
 from lasp import comm
 from lasp.layout import SequenceLayout
+from lasp.parallel.engines.kinds import EngineKind
 from lasp.parallel.engines.offload import SavedTensors
 from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
@@ -113,23 +110,27 @@ class ModuleEngine(Engine):
     """An engine around a module that computes on one rank: subclasses say how gradients are summed and applied.
 
     Args:
+        kind: what the table of engines says of it.
         model: in fp32, on its device; called as ``model(tokens, cp)`` for hidden states, ``output_weight``
             is its output projection [vocab, dim]. The first rank's initial values are everybody's.
         mesh, settings: see :class:`Engine`.
         dtype: float32, bfloat16, or float64 (master copy in float64 too).
+
+    Raises:
+        ValueError: the engine cannot train in ``dtype``, on so few ranks, or without a package that is not installed.
     """
 
-    gathers_parameters = False  # in a forward: then all ranks must do equally many
-
-    def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
+    def __init__(self, kind: EngineKind, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
         if dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ValueError(
                 f"dtype must be float32, bfloat16 or float64, got {dtype}: float16 would need loss scaling. "
                 "Set dtype to bfloat16."
             )
+        kind.check_available(str(dtype).removeprefix("torch."))
+        kind.check_ranks(mesh.world_size)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         super().__init__({name: tuple(p.shape) for name, p in named.items()}, mesh, settings, dtype)
-        self.model = model
+        self.kind, self.model = kind, model
         self.loss = LossModel(model)
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.decayed = {name for name, p in named.items() if p.dim() > 1}  # norms, biases and gates do not decay
@@ -158,7 +159,7 @@ class ModuleEngine(Engine):
 
     def evaluate(self, batches: Sequence[Batch]) -> float | None:
         """See :meth:`Engine.evaluate`."""
-        if self.gathers_parameters:
+        if self.kind.gathers_parameters:  # then all ranks must do equally many forwards
             missing = max(self.mesh.gather(len(batches))) - len(batches)
             batches = [*batches, *[self._blank()] * missing]
         self.model.eval()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lasp.parallel.checkpoints.checkpoint import MODEL, MOMENTS
 from lasp.parallel.engines.base import ModuleEngine
+from lasp.parallel.engines.kinds import EngineKind
 from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import reduce_gradients
@@ -27,8 +28,8 @@ from lasp.parallel.objective import reduce_gradients
 class DataParallelEngine(ModuleEngine):
     """Trains a model whose parameters every rank holds; see :class:`lasp.parallel.engines.base.Engine`."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
-        super().__init__(model, mesh, settings, dtype)
+    def __init__(self, kind: EngineKind, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
+        super().__init__(kind, model, mesh, settings, dtype)
         named = dict(model.named_parameters())
         decayed = {name: named[name] for name in self.shapes if name in self.decayed}
         rest = {name: named[name] for name in self.shapes if name not in self.decayed}

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lasp.parallel.checkpoints.checkpoint import MODEL, MOMENTS
 from lasp.parallel.engines.base import ModuleEngine
+from lasp.parallel.engines.kinds import EngineKind
 from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
 
@@ -25,17 +26,10 @@ class ShardedEngine(ModuleEngine):
     """Trains a model of which every rank holds a share; see :class:`lasp.parallel.engines.base.Engine`.
 
     The modules of ``model.layers``, if there are any, are gathered one by one, the rest as one.
-
-    Raises:
-        ValueError: the job has one rank.
     """
 
-    gathers_parameters = True
-
-    def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
-        super().__init__(model, mesh, settings, dtype)
-        if mesh.world_size == 1:
-            raise ValueError("engine=fsdp2 needs at least 2 ranks to cut parameters over, got 1. Use engine=ddp.")
+    def __init__(self, kind: EngineKind, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype):
+        super().__init__(kind, model, mesh, settings, dtype)
         model.to(self.wide)
         for p in model.parameters():
             mesh.broadcast(p.data)

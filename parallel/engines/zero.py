@@ -7,7 +7,6 @@ group. What a rank holds at which stage: :mod:`lasp.parallel.engines.zero_stages
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from lasp import comm
 from lasp.parallel.checkpoints.checkpoint import MODEL, MOMENTS
 from lasp.parallel.engines.base import ModuleEngine, StepResult
+from lasp.parallel.engines.kinds import EngineKind
 from lasp.parallel.engines.offload import SavedTensors
 from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.engines.zero_stages import Cut, Gathered, Whole, surroundings
@@ -26,21 +26,6 @@ from lasp.parallel.objective import Batch
 _KINDS = (MODEL, *MOMENTS)
 
 
-def check_available(engine: str, dtype: torch.dtype) -> None:
-    """Refuse what cannot be before anything starts.
-
-    Raises:
-        ValueError: DeepSpeed is not installed, or has no stage for the dtype.
-    """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(f"engine={engine} needs DeepSpeed: pip install 'lasp[deepspeed]', or use engine=fsdp2.")
-    if dtype == torch.float64:
-        raise ValueError(
-            f"engine={engine} computes in float32 or bfloat16, got dtype=float64: DeepSpeed's master copy is float32. "
-            "Use engine=ddp or engine=fsdp2."
-        )
-
-
 class ZeroEngine(ModuleEngine):
     """Trains a model with DeepSpeed's ZeRO; see :class:`lasp.parallel.engines.base.Engine`.
 
@@ -48,18 +33,23 @@ class ZeroEngine(ModuleEngine):
         stage: 0 to 3.
 
     Raises:
-        ValueError: DeepSpeed is not there or serves another device, the dtype is float64, the job has one rank, or the
-            mesh is not the whole default process group.
+        ValueError: DeepSpeed serves another device, or the mesh is not the whole default process group.
     """
 
-    def __init__(self, model: nn.Module, mesh: Mesh, settings: OptimizerSettings, dtype: torch.dtype, stage: int):
-        super().__init__(model, mesh, settings, dtype)
-        check_available(f"zero{stage}", dtype)
-        if mesh.world_size == 1:
-            raise ValueError(f"engine=zero{stage} needs at least 2 ranks to share states over, got 1. Use engine=ddp.")
+    def __init__(
+        self,
+        kind: EngineKind,
+        model: nn.Module,
+        mesh: Mesh,
+        settings: OptimizerSettings,
+        dtype: torch.dtype,
+        *,
+        stage: int,
+    ):
+        super().__init__(kind, model, mesh, settings, dtype)
         if mesh.ranks != tuple(range(dist.get_world_size())):
             raise ValueError(
-                f"engine=zero{stage} needs a mesh over all {dist.get_world_size()} ranks of the default process group "
+                f"engine={kind.name} needs a mesh over all {dist.get_world_size()} ranks of the default process group "
                 f"in their order, got ranks {mesh.ranks}: DeepSpeed waits for all of them. Build it with group=None."
             )
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -69,9 +59,8 @@ class ZeroEngine(ModuleEngine):
         for p in model.parameters():
             p.data = p.data.to(dtype)
         self._parameters = parameters
-        self.gathers_parameters = stage == 3
-        kind = (Whole, Cut, Cut, Gathered)[stage]
-        self._stage = kind(stage, self.loss, parameters, self.decayed, exact, settings, mesh)
+        held = (Whole, Cut, Cut, Gathered)[stage]
+        self._stage = held(stage, self.loss, parameters, self.decayed, exact, settings, mesh)
         self.loss = self._stage.deepspeed
         for name in list(exact):  # the master copy was made from rounded parameters
             self._stage.put(parameters[name], MODEL, exact.pop(name))

@@ -30,11 +30,8 @@ from torch import Tensor, nn
 
 from lasp.parallel.checkpoints.checkpoint import MODEL, MOMENTS
 from lasp.parallel.engines.optimizer import OptimizerSettings
+from lasp.parallel.engines.zero_sizes import BUCKET_ELEMENTS, LIVE_ELEMENTS, PERSISTENT_ELEMENTS
 from lasp.parallel.mesh import Mesh
-
-BUCKET_ELEMENTS = 2**26  # gradients summed at once: 256 MiB in fp32
-PERSISTENT_ELEMENTS = 100_000  # stage 3 leaves parameters up to this size whole
-LIVE_ELEMENTS = 10**9  # and keeps at most so many of the others whole, if they are needed again soon
 
 
 class Stage(ABC):

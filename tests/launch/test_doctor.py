@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lasp.launch.config.schema import load_config
-from lasp.launch.doctor.examine import Findings, host
 from lasp.launch.doctor import examine as doctor
+from lasp.launch.doctor.examine import Findings, host
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import forked_main, run_main, tiny_config, tiny_yaml
 

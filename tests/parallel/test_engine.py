@@ -204,5 +204,5 @@ def test_float16_is_refused():
 def test_engines_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="at least 2 ranks"):
         build_engine("fsdp2", TokenModel(0), Mesh.build(), SETTINGS, torch.float32)
-    with pytest.raises(ValueError, match="'ddp', 'fsdp2', or 'zero0'"):
+    with pytest.raises(ValueError, match=r"one of ddp, fsdp2, zero0, .*, zero3, got 'zero9'. Did you mean zero3"):
         build_engine("zero9", TokenModel(0), Mesh.build(), SETTINGS, torch.float32)
