@@ -12,7 +12,7 @@ import torch
 from lasp.launch.config.schema import load_config
 from lasp.launch.run.generate import load_model, sample_text
 from lasp.launch.run.report import read_metrics
-from lasp.launch.train import _train, train
+from lasp.launch.train import train, train_on_mesh
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import tiny_config, tiny_yaml
@@ -23,7 +23,7 @@ FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "lr", "tokens", "seconds"
 
 def _train_on_ranks(group, path, overrides):
     config = load_config(path, overrides)
-    _train(config, Mesh.build(config.cp_size, config.dp_size, group))
+    train_on_mesh(config, Mesh.build(config.cp_size, config.dp_size, group))
 
 
 def _printed_on_ranks(group, path, overrides):
