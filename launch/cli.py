@@ -269,7 +269,7 @@ def main() -> None:
 def _fail(error: Exception, debug: bool) -> None:
     """One message for what a user can mend; a traceback for what is our fault."""
     from lasp.comm import CommError
-    from lasp.launch.launchers.local import Interrupted, RankFailure
+    from lasp.launch.run.failures import Interrupted, RankFailure
     from lasp.parallel.file_errors import explained
 
     _leave_for_agent(error)

@@ -32,11 +32,12 @@ from typing import Any
 import torch
 
 from lasp.comm import CommError
-from lasp.launch.bench.signals import ending_on_signals
-from lasp.launch.bench.virtual_cluster import VirtualCluster
-from lasp.launch.launchers.local import RankFailure, rank_environment
+from lasp.launch.bench.virtual_cluster import INTERRUPTED, VirtualCluster
+from lasp.launch.launchers.local import rank_environment
 from lasp.launch.launchers.process_tree import ending_with_parent
+from lasp.launch.run.failures import RankFailure
 from lasp.launch.run.rendezvous import Job, choose_device, open_store, process_group
+from lasp.launch.run.signals import blocked, interrupting
 from lasp.parallel.file_errors import explained
 from lasp.parallel.mesh import Mesh
 
@@ -109,7 +110,7 @@ class ProcessRanks(Ranks):
         self._processes: list[subprocess.Popen] = []
         try:
             for command, environment in zip(commands, environments, strict=True):
-                with _uninterrupted() as before:  # a signal between start and append would leave a process behind
+                with blocked() as before:  # a signal between start and append would leave a process behind
                     self._processes.append(_start(command, environment, before))
             self._answers(max(_START_S, timeout_s), "start")
         except BaseException:
@@ -166,7 +167,7 @@ class ProcessRanks(Ranks):
 
     def close(self) -> None:
         """End the ranks."""
-        with _uninterrupted():
+        with blocked():
             for process in self._processes:
                 process.kill()
             for process in self._processes:
@@ -174,16 +175,6 @@ class ProcessRanks(Ranks):
                 process.stdin.close()
                 process.stdout.close()
             self._processes = []
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[set]:
-    """Signals that end a benchmark wait until the block is over. Gives the mask from before."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield before
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(command: list[str], environment: dict[str, str], mask: set) -> subprocess.Popen:
@@ -225,7 +216,10 @@ def local_ranks(
     own = {_TIMEOUT_S: str(timeout_s), _DEVICE: device, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     own |= _EXACT_MEMORY if exact_memory else {}
     environments = [{**os.environ, **rank_environment(rank, size, store.port), **own} for rank in range(size)]
-    with ending_on_signals(), contextlib.closing(ProcessRanks([_COMMAND] * size, environments, timeout_s)) as ranks:
+    with (
+        interrupting(INTERRUPTED),
+        contextlib.closing(ProcessRanks([_COMMAND] * size, environments, timeout_s)) as ranks,
+    ):
         ranks.nodes, ranks.device, ranks.one_machine = (0,) * size, chosen, True
         ranks.where = f"{size} rank(s) of one machine, {chosen}"
         yield ranks
@@ -256,7 +250,7 @@ def virtual_ranks(cluster: VirtualCluster, ranks_per_host: int, *, timeout_s: fl
         for rank, host in enumerate(nodes)
     ]
     commands = [cluster.command(host, _COMMAND) for host in nodes]
-    with ending_on_signals(), contextlib.closing(ProcessRanks(commands, environments, timeout_s)) as ranks:
+    with interrupting(INTERRUPTED), contextlib.closing(ProcessRanks(commands, environments, timeout_s)) as ranks:
         ranks.nodes, ranks.device, ranks.one_machine = nodes, "cpu", True
         ranks.where = f"virtual cluster: {len(cluster.names)} host(s) x {ranks_per_host} rank(s), TCP, tc tbf"
         yield ranks

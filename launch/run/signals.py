@@ -10,6 +10,8 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator
 
+from lasp.launch.run.failures import Interrupted
+
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -47,6 +49,19 @@ class SignalCount:
     def _note(self) -> None:
         self.count += 1
         self._then(self.count)
+
+
+def interrupting(message: str) -> contextlib.AbstractContextManager[None]:
+    """SIGTERM is an exception in the block, as SIGINT is anyway, so that everything that it started is ended.
+
+    Raises:
+        Interrupted: with ``message``.
+    """
+
+    def stop() -> None:
+        raise Interrupted(message)
+
+    return handled(stop, [signal.SIGTERM])
 
 
 @contextlib.contextmanager
