@@ -31,19 +31,17 @@ from typing import Any
 
 import torch
 
-from lasp.comm import CommError
 from lasp.launch.bench.virtual_cluster import INTERRUPTED, VirtualCluster
 from lasp.launch.launchers.local import rank_environment
 from lasp.launch.launchers.process_tree import ending_with_parent
 from lasp.launch.run.failures import RankFailure
 from lasp.launch.run.rendezvous import Job, choose_device, open_store, process_group
 from lasp.launch.run.signals import blocked, interrupting
-from lasp.parallel.file_errors import explained
 from lasp.parallel.mesh import Mesh
+from lasp.parallel.user_errors import kind_of, told
 
 MAX_PROCESSES = 16
 _START_S = 180.0  # sixteen processes on two cores
-_EXPECTED = (ValueError, OSError, CommError)  # errors whose message is the whole story
 _EXACT_MEMORY = {  # of glibc: no reserve beyond 64 KiB, no heap per thread; no huge pages
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -159,10 +157,7 @@ class ProcessRanks(Ranks):
                             deadline = min(deadline, time.monotonic() + 5.0)
         failed = [answer for answer in answers.values() if "error" in answer]
         if failed:
-            first = min(failed, key=lambda answer: answer.get("time", float("inf")))
-            if first.get("kind") == "ValueError":
-                raise ValueError(first["error"])
-            raise RankFailure(first["error"], first.get("traceback", ""))
+            _raise_earliest(failed)
         return [answers[rank]["value"] for rank in range(len(self._processes))]
 
     def close(self) -> None:
@@ -287,6 +282,24 @@ def _call(work: str, mesh: Mesh, arguments: dict[str, Any]) -> Any:
     return pkgutil.resolve_name(work)(mesh, **arguments)
 
 
+def _failed(error: BaseException) -> dict[str, str]:
+    """The part of a rank's answer that says what went wrong."""
+    text = told(error) if kind_of(error) else f"a rank failed: {told(error)}"
+    return {"error": text, "kind": (kind_of(error) or type(error)).__name__}
+
+
+def _raise_earliest(failed: Sequence[dict[str, Any]]) -> None:
+    """The cause is the answer that was given first.
+
+    Raises:
+        ValueError: as the rank raised it. RankFailure: any other end of a rank.
+    """
+    first = min(failed, key=lambda answer: answer.get("time", float("inf")))
+    if first.get("kind") == "ValueError":
+        raise ValueError(first["error"])
+    raise RankFailure(first["error"], first.get("traceback", ""))
+
+
 def _serve() -> None:
     """A rank: join the others, answer until there are no more questions."""
     replies = os.fdopen(os.dup(1), "w")  # what libraries print must not be taken for an answer
@@ -306,10 +319,7 @@ def _serve() -> None:
                 question = json.loads(line)
                 reply(value=_call(question["work"], ranks._mesh, question["arguments"]))
     except BaseException as error:
-        told = isinstance(error, _EXPECTED)
-        text = explained(error) if told else f"a rank failed: {type(error).__name__}: {error}"
-        kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
-        reply(error=text, kind=kind, time=time.time(), traceback=traceback.format_exc())
+        reply(**_failed(error), time=time.time(), traceback=traceback.format_exc())
     finally:
         os._exit(0)  # an orderly end could wait for ranks that are gone
 

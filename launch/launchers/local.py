@@ -29,7 +29,7 @@ from lasp.launch.config.schema import RunConfig
 from lasp.launch.run.failures import Interrupted, RankFailure
 from lasp.launch.run.rendezvous import ERROR, Job, open_store, report_error, watch_keys
 from lasp.launch.run.signals import SignalCount, blocked
-from lasp.parallel.file_errors import explained
+from lasp.parallel.user_errors import kind_of, told
 from lasp.parallel.watch.watchdog import last_entered, verdict
 
 TRAIN = "lasp.launch.train:train"
@@ -37,7 +37,6 @@ TASK = "lasp/task"  # key of the store
 PARENT = "LASP_PARENT"  # in a rank's environment: who started it, which may be gone before the rank can look
 _STORE_TIMEOUT = timedelta(seconds=60)
 _GRACE_S = 8.0  # for the other ranks to end by themselves after one has failed
-_EXPECTED = (ValueError, FloatingPointError, OSError, CommError)  # errors whose message is the whole story
 
 
 def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments: str) -> None:
@@ -160,10 +159,8 @@ def _child() -> None:
         work = pkgutil.resolve_name(task["work"])
         work(RunConfig.model_validate(task["config"]), **task["arguments"])
     except BaseException as error:
-        expected = isinstance(error, _EXPECTED)
-        message = explained(error) if expected else f"{type(error).__name__}: {error}"
         try:
-            report_error(store, job, message, traceback.format_exc(), expected=expected)
+            report_error(store, job, told(error), traceback.format_exc(), expected=kind_of(error) is not None)
             sys.stdout.flush()
         finally:
             os._exit(1)  # an orderly end could wait for ranks that are gone
