@@ -282,16 +282,15 @@ def main() -> None:
 
 def _fail(error: Exception, debug: bool) -> None:
     """One message for what a user can mend; a traceback for what is our fault."""
-    from lasp.comm import CommError
-    from lasp.launch.launchers.local import Interrupted, RankFailure
-    from lasp.parallel.file_errors import explained
+    from lasp.launch.run.failures import Interrupted, RankFailure
+    from lasp.parallel.user_errors import USER_ERRORS, sentence
 
     _leave_for_agent(error)
     if debug and isinstance(error, RankFailure):
         click.echo(error.details, err=True)
-    elif debug or not isinstance(error, (ValueError, FloatingPointError, OSError, RankFailure, CommError)):
+    elif debug or not isinstance(error, (RankFailure, *USER_ERRORS)):
         raise error
-    click.secho(f"error: {explained(error)}", fg="red", err=True)
+    click.secho(f"error: {sentence(error)}", fg="red", err=True)
     sys.exit(_INTERRUPTED if isinstance(error, Interrupted) else _FAILURE)
 
 

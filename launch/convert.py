@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lasp.launch.config.schema import RunConfig
 from lasp.launch.data.tokenizer import load_tokenizer
-from lasp.launch.train import checkpoint_extras, checkpoint_state
+from lasp.launch.run.resume import checkpoint_extras, checkpoint_state
 from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
 from lasp.parallel.checkpoints import checkpoint as checkpoints

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lasp.launch.config.schema import MegatronConfig, RunConfig, checked
-from lasp.launch.data.stream import DataPlan, PackedStream, open_source, split_documents
+from lasp.launch.data.run_data import open_data
+from lasp.launch.data.stream import DataPlan
 from lasp.launch.data.tokenizer import load_tokenizer
 from lasp.launch.run.backends import backend_mesh
 from lasp.launch.run.rendezvous import Job, choose_device, process_group
@@ -211,19 +212,18 @@ def make_model(config: RunConfig, dtype: torch.dtype, mesh: Mesh) -> LinearLlama
 
 def first_batches(config: RunConfig, mesh: Mesh) -> tuple[Batch, list[Batch]]:
     """The first training sequence of the run and one held-out sequence, as this rank sees them."""
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    cache = config.run_dir / "data"
-    mesh.on_first(lambda: len(open_source(config.data.source, cache, tokenizer)))
-    file = open_source(config.data.source, cache, tokenizer)
-    learn, held_out = split_documents(len(file), config.data.eval_fraction)
-    plan = DataPlan(config.data.seq_len, 1, config.layout, config.exchange_options, config.data.join_documents)
-    stream = PackedStream(file, learn, config.seed, config.model.vocab_size)
-    plan.check_length(stream)
-    eval_batches = []
-    if len(held_out):
-        held_out_stream = PackedStream(file, held_out, None, config.model.vocab_size)
-        eval_batches, _ = plan.eval_batches(held_out_stream, 1, mesh)
-    return plan.step_batches(stream, 0, mesh)[0], eval_batches
+    found = open_data(
+        config.data.source,
+        config.run_dir / "data",
+        load_tokenizer(config.data.tokenizer),
+        DataPlan(config.data.seq_len, 1, config.layout, config.exchange_options, config.data.join_documents),
+        mesh,
+        eval_fraction=config.data.eval_fraction,
+        eval_sequences=1,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+    )
+    return found.step_batches(0, mesh)[0], found.eval_batches
 
 
 def _watch(trace: Trace, index: int):

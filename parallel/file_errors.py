@@ -33,13 +33,6 @@ def replace_text(path: Path, text: str) -> None:
         os.replace(partial, path)
 
 
-def explained(error: Exception) -> str:
-    """What the error says; an OSError that nobody worded without Python's number and quotes."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"cannot use {error.filename}: {error.strerror}. Name a path that exists and can be used."
-    return str(error)
-
-
 @contextmanager
 def _one_sentence(failure: str, path: str | Path, remedy: str) -> Iterator[None]:
     """Reword what the block raises; the error's own file name, of a rename the new one, is more exact than ``path``.

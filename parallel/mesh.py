@@ -24,9 +24,7 @@ from torch import Tensor
 from lasp import comm
 from lasp.cp_context import CPContext, ExchangeOptions
 from lasp.layout import SequenceLayout
-from lasp.parallel.file_errors import explained
-
-_EXPECTED = {"rejected": ValueError, "refused by the system": OSError}  # their message is the whole story
+from lasp.parallel.user_errors import USER_ERRORS, kind_of, told
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,8 @@ class Mesh:
         Without this a failed save would leave the other ranks waiting in their next collective.
 
         Raises:
-            ValueError, OSError, RuntimeError: what ``work`` raised, on every rank; any other error is a
-                RuntimeError on the other ranks.
+            ValueError, FloatingPointError, OSError, CommError: what ``work`` raised, on every rank; any other error
+                is a RuntimeError on the other ranks.
         """
         if self.world_size == 1:
             return work()
@@ -172,16 +170,16 @@ class Mesh:
             try:
                 outcome = [("result", work())]
             except Exception as caught:
-                error = caught
-                kind = next((kind for kind, known in _EXPECTED.items() if isinstance(caught, known)), "failed")
-                outcome = [(kind, explained(caught) if kind in _EXPECTED else f"{type(caught).__name__}: {caught}")]
+                error, kind = caught, kind_of(caught)
+                outcome = [(kind.__name__ if kind else "failed", told(caught))]
         with comm.explained("broadcast", self.world_group):
             dist.broadcast_object_list(outcome, self.ranks[0], group=self.world_group)
         kind, value = outcome[0]
         if error is not None:
             raise error
-        if kind in _EXPECTED:
-            raise _EXPECTED[kind](value)
+        for known in USER_ERRORS:
+            if kind == known.__name__:
+                raise known(value)
         if kind == "failed":
             raise RuntimeError(f"rank 0 failed: {value}")
         return value

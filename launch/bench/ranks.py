@@ -31,18 +31,17 @@ from typing import Any
 
 import torch
 
-from lasp.comm import CommError
-from lasp.launch.bench.signals import ending_on_signals
-from lasp.launch.bench.virtual_cluster import VirtualCluster
-from lasp.launch.launchers.local import RankFailure, rank_environment
+from lasp.launch.bench.virtual_cluster import INTERRUPTED, VirtualCluster
+from lasp.launch.launchers.local import rank_environment
 from lasp.launch.launchers.process_tree import ending_with_parent
+from lasp.launch.run.failures import RankFailure
 from lasp.launch.run.rendezvous import Job, choose_device, open_store, process_group
-from lasp.parallel.file_errors import explained
+from lasp.launch.run.signals import blocked, interrupting
 from lasp.parallel.mesh import Mesh
+from lasp.parallel.user_errors import kind_of, told
 
 MAX_PROCESSES = 16
 _START_S = 180.0  # sixteen processes on two cores
-_EXPECTED = (ValueError, OSError, CommError)  # errors whose message is the whole story
 _EXACT_MEMORY = {  # of glibc: no reserve beyond 64 KiB, no heap per thread; no huge pages
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -109,7 +108,7 @@ class ProcessRanks(Ranks):
         self._processes: list[subprocess.Popen] = []
         try:
             for command, environment in zip(commands, environments, strict=True):
-                with _uninterrupted() as before:  # a signal between start and append would leave a process behind
+                with blocked() as before:  # a signal between start and append would leave a process behind
                     self._processes.append(_start(command, environment, before))
             self._answers(max(_START_S, timeout_s), "start")
         except BaseException:
@@ -158,15 +157,12 @@ class ProcessRanks(Ranks):
                             deadline = min(deadline, time.monotonic() + 5.0)
         failed = [answer for answer in answers.values() if "error" in answer]
         if failed:
-            first = min(failed, key=lambda answer: answer.get("time", float("inf")))
-            if first.get("kind") == "ValueError":
-                raise ValueError(first["error"])
-            raise RankFailure(first["error"], first.get("traceback", ""))
+            _raise_earliest(failed)
         return [answers[rank]["value"] for rank in range(len(self._processes))]
 
     def close(self) -> None:
         """End the ranks."""
-        with _uninterrupted():
+        with blocked():
             for process in self._processes:
                 process.kill()
             for process in self._processes:
@@ -174,16 +170,6 @@ class ProcessRanks(Ranks):
                 process.stdin.close()
                 process.stdout.close()
             self._processes = []
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[set]:
-    """Signals that end a benchmark wait until the block is over. Gives the mask from before."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield before
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(command: list[str], environment: dict[str, str], mask: set) -> subprocess.Popen:
@@ -225,7 +211,10 @@ def local_ranks(
     own = {_TIMEOUT_S: str(timeout_s), _DEVICE: device, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     own |= _EXACT_MEMORY if exact_memory else {}
     environments = [{**os.environ, **rank_environment(rank, size, store.port), **own} for rank in range(size)]
-    with ending_on_signals(), contextlib.closing(ProcessRanks([_COMMAND] * size, environments, timeout_s)) as ranks:
+    with (
+        interrupting(INTERRUPTED),
+        contextlib.closing(ProcessRanks([_COMMAND] * size, environments, timeout_s)) as ranks,
+    ):
         ranks.nodes, ranks.device, ranks.one_machine = (0,) * size, chosen, True
         ranks.where = f"{size} rank(s) of one machine, {chosen}"
         yield ranks
@@ -256,7 +245,7 @@ def virtual_ranks(cluster: VirtualCluster, ranks_per_host: int, *, timeout_s: fl
         for rank, host in enumerate(nodes)
     ]
     commands = [cluster.command(host, _COMMAND) for host in nodes]
-    with ending_on_signals(), contextlib.closing(ProcessRanks(commands, environments, timeout_s)) as ranks:
+    with interrupting(INTERRUPTED), contextlib.closing(ProcessRanks(commands, environments, timeout_s)) as ranks:
         ranks.nodes, ranks.device, ranks.one_machine = nodes, "cpu", True
         ranks.where = f"virtual cluster: {len(cluster.names)} host(s) x {ranks_per_host} rank(s), TCP, tc tbf"
         yield ranks
@@ -293,6 +282,24 @@ def _call(work: str, mesh: Mesh, arguments: dict[str, Any]) -> Any:
     return pkgutil.resolve_name(work)(mesh, **arguments)
 
 
+def _failed(error: BaseException) -> dict[str, str]:
+    """The part of a rank's answer that says what went wrong."""
+    text = told(error) if kind_of(error) else f"a rank failed: {told(error)}"
+    return {"error": text, "kind": (kind_of(error) or type(error)).__name__}
+
+
+def _raise_earliest(failed: Sequence[dict[str, Any]]) -> None:
+    """The cause is the answer that was given first.
+
+    Raises:
+        ValueError: as the rank raised it. RankFailure: any other end of a rank.
+    """
+    first = min(failed, key=lambda answer: answer.get("time", float("inf")))
+    if first.get("kind") == "ValueError":
+        raise ValueError(first["error"])
+    raise RankFailure(first["error"], first.get("traceback", ""))
+
+
 def _serve() -> None:
     """A rank: join the others, answer until there are no more questions."""
     replies = os.fdopen(os.dup(1), "w")  # what libraries print must not be taken for an answer
@@ -312,10 +319,7 @@ def _serve() -> None:
                 question = json.loads(line)
                 reply(value=_call(question["work"], ranks._mesh, question["arguments"]))
     except BaseException as error:
-        told = isinstance(error, _EXPECTED)
-        text = explained(error) if told else f"a rank failed: {type(error).__name__}: {error}"
-        kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
-        reply(error=text, kind=kind, time=time.time(), traceback=traceback.format_exc())
+        reply(**_failed(error), time=time.time(), traceback=traceback.format_exc())
     finally:
         os._exit(0)  # an orderly end could wait for ranks that are gone
 

@@ -44,7 +44,7 @@ def measure(ranks: Ranks, config: RunConfig, *, repeats: int) -> dict[str, Any]:
     """One row: tokens per second of the job, seconds of a step, memory of the rank that has most, and of each.
 
     Raises:
-        ValueError: the sizes do not fit the ranks. FloatingPointError, as :class:`RankFailure`: the loss is not finite.
+        ValueError: the sizes do not fit the ranks. RankFailure: the loss is not finite.
     """
     answers = ranks.ask(f"{__name__}:run", config=config.plain(), repeats=repeats)
     seconds = statistics.median(map(max, zip(*(a["seconds"] for a in answers))))

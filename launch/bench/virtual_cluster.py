@@ -21,11 +21,12 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-from lasp.launch.bench.signals import ending_on_signals
 from lasp.launch.launchers.process_tree import send
+from lasp.launch.run.signals import interrupting
 
 PORT = 29400  # of rank 0's store: no other program shares the namespace
 MAX_HOSTS = 64
+INTERRUPTED = "interrupted: the ranks were ended, and nothing more is measured."
 _PREFIX = "laspvc"
 _SUBNET = "10.77.0"
 _PIECE_S, _PIECES = 1e-3, (16_384, 65_536)  # a host hands its link so many seconds in one piece, within these bytes
@@ -56,7 +57,7 @@ class VirtualCluster:
         self._signals = contextlib.ExitStack()
 
     def __enter__(self) -> VirtualCluster:
-        self._signals.enter_context(ending_on_signals())
+        self._signals.enter_context(interrupting(INTERRUPTED))
         try:
             _remove(owner for owner in _namespaces() if not _alive(owner))
             self._build()

@@ -29,8 +29,8 @@ from lasp.parallel.objective import Batch
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """One packed sequence: tokens [T] and the borders of its documents (0, ..., T)."""
+class PackedSequence:
+    """Tokens of a stream: tokens [T] and the borders of its documents (0, ..., T)."""
 
     tokens: Tensor
     cu_seqlens: tuple[int, ...]
@@ -61,7 +61,7 @@ class PackedStream:
         """Of the token file."""
         return self._file.prefix
 
-    def sequence(self, start: int, length: int) -> Sequence:
+    def sequence(self, start: int, length: int) -> PackedSequence:
         """Stream tokens ``[start, start + length)``."""
         parts: list[np.ndarray] = []
         borders = [0]
@@ -81,7 +81,7 @@ class PackedStream:
                 f"{self._file.prefix} holds token ids from {tokens.min()} to {tokens.max()}, but model.vocab_size is "
                 f"{self._vocab_size}. Set data.tokenizer to the one that prepared it, or raise model.vocab_size."
             )
-        return Sequence(torch.from_numpy(tokens), tuple(borders))
+        return PackedSequence(torch.from_numpy(tokens), tuple(borders))
 
     def _order_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of an epoch in order, and where each ends in it."""
@@ -135,7 +135,7 @@ class DataPlan:
                 f"documents in {stream.prefix}. Shorten data.seq_len or prepare more text."
             )
 
-    def cut(self, sequence: Sequence, mesh: Mesh) -> Batch:
+    def cut(self, sequence: PackedSequence, mesh: Mesh) -> Batch:
         """This rank's part of a sequence, every cp rank having made the same one."""
         make = getattr(SequenceLayout, self.layout)
         layout = make(len(sequence.tokens) if self.join_documents else sequence.cu_seqlens, mesh.cp_size)
@@ -164,7 +164,7 @@ class DataPlan:
             return batches, f"{short} left out: shorter than cp_size = {mesh.cp_size} tokens. Hold out more text."
         return batches, None
 
-    def labels(self, sequence: Sequence) -> int:
+    def labels(self, sequence: PackedSequence) -> int:
         """How many of a sequence's tokens have a next token in their document."""
         return len(sequence.tokens) - (1 if self.join_documents else len(sequence.cu_seqlens) - 1)
 

@@ -10,7 +10,6 @@ cause and is shown, the rest are its victims. A child whose launcher is gone end
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pkgutil
@@ -20,16 +19,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from functools import partial
 
 from torch.distributed import TCPStore
 
 from lasp.comm import CommError
 from lasp.launch.config.schema import RunConfig
+from lasp.launch.run.failures import Interrupted, RankFailure
 from lasp.launch.run.rendezvous import ERROR, Job, open_store, report_error, watch_keys
-from lasp.parallel.file_errors import explained
+from lasp.launch.run.signals import SignalCount, blocked
+from lasp.parallel.user_errors import kind_of, told
 from lasp.parallel.watch.watchdog import last_entered, verdict
 
 TRAIN = "lasp.launch.train:train"
@@ -37,19 +37,6 @@ TASK = "lasp/task"  # key of the store
 PARENT = "LASP_PARENT"  # in a rank's environment: who started it, which may be gone before the rank can look
 _STORE_TIMEOUT = timedelta(seconds=60)
 _GRACE_S = 8.0  # for the other ranks to end by themselves after one has failed
-_EXPECTED = (ValueError, FloatingPointError, OSError, CommError)  # errors whose message is the whole story
-
-
-class RankFailure(RuntimeError):
-    """One rank failed and the job with it. ``details`` is its traceback, where it left one."""
-
-    def __init__(self, message: str, details: str = ""):
-        super().__init__(message)
-        self.details = details
-
-
-class Interrupted(RankFailure):
-    """A signal ended the job before every rank could save."""
 
 
 def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments: str) -> None:
@@ -66,10 +53,10 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
     command = [sys.executable, "-m", "lasp.launch.launchers.local"]
     ranks: list[subprocess.Popen] = []
     try:
-        with _forwarded_signals(ranks) as signals:
+        with SignalCount(partial(_pass_on, ranks)) as signals:
             for rank in range(num_ranks):
                 environment = {**os.environ, **rank_environment(rank, num_ranks, store.port), PARENT: str(os.getpid())}
-                with _blocked(signal.SIGINT):
+                with blocked([signal.SIGINT]):  # a terminal sends it to all; the launcher passes it on
                     ranks.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
             codes = _wait(ranks)
     finally:
@@ -77,19 +64,9 @@ def run_local(config: RunConfig, num_ranks: int, work: str = TRAIN, **arguments:
             process.kill()
             process.wait()
     if any(codes) and signals.count:
-        raise Interrupted("interrupted; not every rank could save its place. Run again: it goes on from what is saved.")
+        raise Interrupted
     if any(codes):
         raise explain_failure(codes, store)
-
-
-@contextlib.contextmanager
-def _blocked(number: signal.Signals) -> Iterator[None]:
-    """A process started in the block never gets the signal: a terminal sends it to all, the launcher passes it on."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
@@ -152,26 +129,11 @@ def explain_failure(codes: list[int | None], store: TCPStore, meeting: str = Job
     return RankFailure(f"rank {cause['rank']} failed: {cause['message']}\n{cause['traceback']}")
 
 
-class _forwarded_signals:
-    """SIGINT and SIGTERM reach the ranks as SIGTERM; the second one kills them."""
-
-    def __init__(self, ranks: list[subprocess.Popen]):
-        self._ranks, self.count, self._previous = ranks, 0, {}
-
-    def __enter__(self) -> _forwarded_signals:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._forward) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _forward(self, *_: Any) -> None:
-        self.count += 1
-        for process in self._ranks:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM if self.count == 1 else signal.SIGKILL)
+def _pass_on(ranks: list[subprocess.Popen], count: int) -> None:
+    """The first signal reaches the ranks as SIGTERM: they save; the second one kills them."""
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM if count == 1 else signal.SIGKILL)
 
 
 def _end_with_launcher(launcher: int) -> None:
@@ -197,10 +159,8 @@ def _child() -> None:
         work = pkgutil.resolve_name(task["work"])
         work(RunConfig.model_validate(task["config"]), **task["arguments"])
     except BaseException as error:
-        expected = isinstance(error, _EXPECTED)
-        message = explained(error) if expected else f"{type(error).__name__}: {error}"
         try:
-            report_error(store, job, message, traceback.format_exc(), expected=expected)
+            report_error(store, job, told(error), traceback.format_exc(), expected=kind_of(error) is not None)
             sys.stdout.flush()
         finally:
             os._exit(1)  # an orderly end could wait for ranks that are gone

@@ -20,9 +20,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lasp.launch.config.schema import RunConfig
-from lasp.launch.launchers.ray_driver import Driver, Loss, NotStarted, Signals
+from lasp.launch.launchers.ray_driver import Driver, Loss, NotStarted
 from lasp.launch.launchers.ray_worker import tend_rank
 from lasp.launch.run.rendezvous import Job
+from lasp.launch.run.signals import SignalCount
 
 _GROUP_START_S = 30.0  # for chosen nodes to give the workers room; a node may have died unnoticed
 _CONNECT_S = 10.0
@@ -43,7 +44,7 @@ def run_ray(config: RunConfig) -> None:
         )
     if importlib.util.find_spec("ray") is None:
         raise ValueError("launcher=ray needs Ray: pip install 'lasp[ray]', or use launcher=local.")
-    with _connected(config), Signals() as signals:
+    with _connected(config), SignalCount() as signals:
         Driver(config, _Cluster(config), signals).run()
 
 

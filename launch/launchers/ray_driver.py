@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import threading
 import time
 from collections import defaultdict
@@ -22,17 +21,18 @@ from torch.distributed import TCPStore
 
 from lasp.comm.hangs import ranges
 from lasp.launch.config.schema import RunConfig
-from lasp.launch.launchers.local import TASK, Interrupted, RankFailure, explain_failure, rank_environment
+from lasp.launch.launchers.local import TASK, explain_failure, rank_environment
 from lasp.launch.launchers.placement import crossing_groups, largest_world, place_ranks
 from lasp.launch.launchers.ray_worker import END, ENDED, FATAL, PLACE, RUN, STOP, WORK
+from lasp.launch.run.failures import Interrupted, RankFailure
 from lasp.launch.run.rendezvous import ERROR, LOOPBACK, open_store
 from lasp.launch.run.report import Screen, show, watch
+from lasp.launch.run.signals import SignalCount
 
 _END_S = 60.0  # for an attempt whose ranks end themselves
 _SETTLE_S = 15.0  # for what a lost group held to be free again, before fewer ranks are started
 _ENDED = re.compile(ENDED.replace("{rank}", r"(\d+)").replace("{code}", r"(-?\d+)"))
 _ALL = "0.0.0.0"
-_INTERRUPTED = "interrupted; not every rank could save its place. Run again: it goes on from what is saved."
 
 
 class Loss(Exception):
@@ -71,7 +71,7 @@ class Cluster(Protocol):
 class Driver:
     """The run, attempt after attempt."""
 
-    def __init__(self, config: RunConfig, cluster: Cluster, signals: Signals):
+    def __init__(self, config: RunConfig, cluster: Cluster, signals: SignalCount):
         self._config, self._cluster, self._signals = config, cluster, signals
         self._screen = Screen(config)
         self._unit = config.ranks_per_sequence
@@ -222,7 +222,7 @@ class Driver:
                 self._store.set(STOP, "")
             if self._signals.count > 1:
                 self._end(thread)
-                raise Interrupted(_INTERRUPTED)
+                raise Interrupted
             if not places_told and len(places := self._places(world_size)) == world_size:
                 self._tell_places([places[rank]["node"] for rank in range(world_size)])
                 places_told = True
@@ -235,7 +235,7 @@ class Driver:
 
     def _refuse_to_go_on(self) -> None:
         if self._signals.count:
-            raise Interrupted(_INTERRUPTED)
+            raise Interrupted
 
     def _places(self, world_size: int) -> dict[int, dict[str, Any]]:
         """What the ranks that have come so far said of themselves: worker, node, host and pid."""
@@ -282,25 +282,6 @@ class Driver:
             rank = min(last_words)
             return RankFailure(f"rank {rank} ended with exit code {codes[rank]}, saying: {last_words[rank]}", str(loss))
         return explain_failure(codes, self._store, f"attempt{attempt}")
-
-
-class Signals:
-    """Counts SIGINT and SIGTERM while the block runs."""
-
-    def __init__(self) -> None:
-        self.count, self._previous = 0, {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, *_: Any) -> None:
-        self.count += 1
 
 
 def _open_store(bind: str, address: str) -> TCPStore:

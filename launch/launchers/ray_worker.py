@@ -73,7 +73,7 @@ def train_rank(config: RunConfig) -> None:
     """Train, in the rank's process; the launcher learns of it through the job's store."""
     from lasp.launch.run.rendezvous import Job
     from lasp.launch.train import train
-    from lasp.parallel.file_errors import explained
+    from lasp.parallel.user_errors import sentence
 
     job = Job.from_environment()
     store = job.store(_STORE_TIMEOUT)
@@ -84,7 +84,7 @@ def train_rank(config: RunConfig) -> None:
     try:
         train(config)
     except (ValueError, FloatingPointError) as error:  # every restart would end here again
-        store.set(FATAL, json.dumps({"message": explained(error), "traceback": traceback.format_exc()}))
+        store.set(FATAL, json.dumps({"message": sentence(error), "traceback": traceback.format_exc()}))
         raise
 
 

@@ -12,7 +12,6 @@ loopback address only; a signal asks the ranks to save, and a job that saved has
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
@@ -21,19 +20,19 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lasp.launch.config.schema import RunConfig
-from lasp.launch.launchers.local import Interrupted, RankFailure
 from lasp.launch.launchers.process_tree import children, ending_with_parent, kill_tree, send
+from lasp.launch.run.failures import Interrupted, RankFailure
 from lasp.launch.run.rendezvous import LOOPBACK, STORE, open_store
 from lasp.launch.run.report import read_metrics
+from lasp.launch.run.signals import SignalCount
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 
 MODULE = "lasp.launch.cli"
@@ -239,10 +238,10 @@ def run_node(config: RunConfig, arguments: Sequence[str], work: str = "train") -
     agent = _Agent(command)
     code = agent.wait()
     del store
-    if code == 0 or (agent.signals and has_saved(config.run_dir)):
+    if code == 0 or (agent.signals.count and has_saved(config.run_dir)):
         return
-    if agent.signals:
-        raise Interrupted("interrupted; not every rank could save its place. Run again: it goes on from what is saved.")
+    if agent.signals.count:
+        raise Interrupted
     if not agent.started_ranks:
         raise RankFailure(
             f"the nodes of the job did not meet at {endpoint} within timeout_s = {config.timeout_s:g} s; torchrun's "
@@ -290,7 +289,7 @@ class _Agent:
     """torchrun's process on this node, and what signals this one gets for it."""
 
     def __init__(self, command: NodeCommand):
-        self.signals, self.started_ranks = 0, False
+        self.signals, self.started_ranks = SignalCount(), False
         environment = {**os.environ, **command.environment}
         # A session of its own: a terminal's Ctrl-C reaches this process, which passes it on in its own way.
         self.process = subprocess.Popen(
@@ -302,40 +301,32 @@ class _Agent:
         )
 
     def wait(self) -> int:
-        """Its exit code."""
-        asked: set[int] | None = None
-        killed = False
-        with self._counted_signals():
-            while self.process.poll() is None:
-                ranks = set(children(self.process.pid))
-                self.started_ranks = self.started_ranks or bool(ranks)
-                if self.signals > 1 and not killed:
-                    killed = True
+        """Its exit code. It has ended, and all that it started, however this returns."""
+        with self.signals:
+            try:
+                self._attend()
+            finally:
+                if self.process.poll() is None:
                     kill_tree(self.process.pid)
-                elif self.signals and asked is None:
-                    # The ranks save and succeed, then so does the agent, without a limit on the time it takes.
-                    asked = ranks
-                    for pid in ranks or {self.process.pid}:
-                        send(pid, signal.SIGTERM)
-                elif asked and ranks - asked:  # one failed, and the agent has started them again
-                    asked = set()
-                    send(self.process.pid, signal.SIGTERM)
-                time.sleep(_POLL_S)
+                    self.process.wait()
         return self.process.returncode
 
-    @contextlib.contextmanager
-    def _counted_signals(self) -> Iterator[None]:
-        def count(*_: object) -> None:
-            self.signals += 1
-
-        previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            previous = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            if self.process.poll() is None:
+    def _attend(self) -> None:
+        """Return when the process has ended; signals are passed on to its ranks."""
+        asked: set[int] | None = None
+        killed = False
+        while self.process.poll() is None:
+            ranks = set(children(self.process.pid))
+            self.started_ranks = self.started_ranks or bool(ranks)
+            if self.signals.count > 1 and not killed:
+                killed = True
                 kill_tree(self.process.pid)
-                self.process.wait()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            elif self.signals.count and asked is None:
+                # The ranks save and succeed, then so does the agent, without a limit on the time it takes.
+                asked = ranks
+                for pid in ranks or {self.process.pid}:
+                    send(pid, signal.SIGTERM)
+            elif asked and ranks - asked:  # one failed, and the agent has started them again
+                asked = set()
+                send(self.process.pid, signal.SIGTERM)
+            time.sleep(_POLL_S)

@@ -77,11 +77,16 @@ def _flock(file: IO[str], deadline: float) -> None:
         time.sleep(0.1)
 
 
-def resume_from(config: RunConfig, store: Store | None) -> bool | str:
-    """``checkpoint.resume``; for a restarted job true as soon as it has checkpoints of its own, wherever it began."""
-    if store is not None and store.check([_CLAIMED]) and checkpoints.list_checkpoints(config.run_dir / "checkpoints"):
+def resume_from(asked: bool | str, run_dir: Path, store: Store | None) -> bool | str:
+    """``checkpoint.resume``; for a restarted job true as soon as it has checkpoints of its own, wherever it began.
+
+    Args:
+        asked: what the configuration says.
+        store: of the job, where it has one.
+    """
+    if store is not None and store.check([_CLAIMED]) and checkpoints.list_checkpoints(run_dir / "checkpoints"):
         return True
-    return config.checkpoint.resume
+    return asked
 
 
 def claim(config: RunConfig, continued: checkpoints.Checkpoint | None, store: Store | None) -> list[str]:

@@ -29,8 +29,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lasp.parallel.checkpoints.tensor_files import TensorInfo, tensor_index
-from lasp.parallel.file_errors import explained, reading, writing
+from lasp.parallel.file_errors import reading, writing
 from lasp.parallel.mesh import Mesh
+from lasp.parallel.user_errors import sentence
 
 FORMAT, VERSION = "lasp-checkpoint", 2
 MANIFEST, STATE, TENSORS, SHARDS = "manifest.json", "state.json", "tensors", "shards"
@@ -212,7 +213,7 @@ def load_newest(directory: Path, warn: Callable[[str], None], mesh: Mesh | None 
         try:
             return load(path, mesh)
         except (ValueError, OSError) as error:
-            warn(f"{explained(error)} Trying the checkpoint before it.")
+            warn(f"{sentence(error)} Trying the checkpoint before it.")
     if paths:
         raise ValueError(
             f"none of the {len(paths)} checkpoints in {directory} is good. Start over with checkpoint.resume=false."

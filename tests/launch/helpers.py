@@ -17,7 +17,7 @@ from lasp.launch.config.schema import load_config
 from lasp.launch.data.token_files import write_token_file
 from lasp.launch.data.tokenizer import ByteTokenizer
 from lasp.launch.run.report import read_metrics
-from lasp.launch.train import _train
+from lasp.launch.train import train_on_mesh
 from lasp.parallel.mesh import Mesh
 
 COMMAND = [sys.executable, "-m", "lasp.launch.cli"]
@@ -71,7 +71,7 @@ def tokenizer_file(folder):
 def train_on_ranks(group, path, overrides):
     """``train``, on ranks of a pool."""
     config = load_config(path, overrides)
-    _train(config, Mesh.build(config.cp_size, config.dp_size, group))
+    train_on_mesh(config, Mesh.build(config.cp_size, config.dp_size, group))
 
 
 def run_main(monkeypatch, *arguments):

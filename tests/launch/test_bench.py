@@ -19,7 +19,7 @@ from lasp.launch.bench.fabric import fit_link
 from lasp.launch.bench.ranks import local_ranks
 from lasp.launch.bench.results import facts, write_report
 from lasp.launch.cli import cli
-from lasp.launch.launchers.local import RankFailure
+from lasp.launch.run.failures import RankFailure
 from tests.harness import assert_close
 from tests.launch.helpers import tiny_config
 

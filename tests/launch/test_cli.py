@@ -16,6 +16,7 @@ from lasp.launch.data.token_files import TokenFile
 from lasp.launch.launchers import local
 from lasp.launch.run.rendezvous import Job, open_store, report_error
 from lasp.launch.run.report import read_metrics
+from lasp.launch.run.signals import blocked
 from lasp.launch.train import train
 from tests.launch.helpers import COMMAND, forked_main, last_step, once, run_main, tiny_config, tiny_yaml, wait_until
 
@@ -133,7 +134,7 @@ def test_an_interrupted_job_ends_as_the_shell_expects(tmp_path, monkeypatch, cap
 
 def test_the_ranks_hear_an_interrupt_from_the_launcher_alone():
     code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
-    with local._blocked(signal.SIGINT):
+    with blocked([signal.SIGINT]):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n" and signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 

@@ -7,8 +7,7 @@ import pytest
 from lasp.launch.config.schema import load_config
 from lasp.launch.run.report import read_metrics
 from lasp.launch.train import train
-from tests.launch.helpers import tiny_yaml
-from tests.launch.test_train import _train_on_ranks
+from tests.launch.helpers import tiny_yaml, train_on_ranks
 
 STEPS = 50
 SETTINGS = {
@@ -52,10 +51,10 @@ def test_fifty_steps_over_four_ranks_and_a_resume_at_another_size(ranks, tmp_pat
     expected = curve(folders["one"] / "run")
     assert expected[STEPS]["loss"] < 0.8 * expected[1]["loss"]
 
-    ranks.run(_train_on_ranks, paths["four"], ["cp=4"], size=4)
+    ranks.run(train_on_ranks, paths["four"], ["cp=4"], size=4)
     check(curve(folders["four"] / "run"), expected, range(1, STEPS + 1), tolerance)
 
     halfway = "checkpoints/step-00000025"  # of four ranks, continued on two
     shutil.copytree(folders["four"] / "run" / halfway, folders["resumed"] / "run" / halfway)
-    ranks.run(_train_on_ranks, paths["resumed"], ["cp=2"], size=2)
+    ranks.run(train_on_ranks, paths["resumed"], ["cp=2"], size=2)
     check(curve(folders["resumed"] / "run"), expected, range(26, STEPS + 1), tolerance)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lasp.launch.data.stream import DataPlan, PackedStream, Sequence, open_source, split_documents
+from lasp.launch.data.stream import DataPlan, PackedSequence, PackedStream, open_source, split_documents
 from lasp.launch.data.token_files import TokenFile, list_files, read_texts, stdlib_files, write_token_file
 from lasp.launch.data.tokenizer import ByteTokenizer, load_tokenizer
 from lasp.parallel.mesh import Mesh
@@ -158,7 +158,7 @@ def test_the_standard_library_is_found_without_tests():
 
 
 def test_a_sequence_is_cut_as_the_layout_says(prepared):
-    batch = DataPlan(12, 1, "zigzag").cut(Sequence(torch.arange(12), (0, 5, 12)), Mesh.build())
+    batch = DataPlan(12, 1, "zigzag").cut(PackedSequence(torch.arange(12), (0, 5, 12)), Mesh.build())
     assert batch.labels.tolist() == [[1, 2, 3, 4, -100, 6, 7, 8, 9, 10, 11, -100]]
 
 

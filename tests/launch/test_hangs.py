@@ -17,8 +17,9 @@ import torch.distributed as dist
 from lasp.exchange.gather import AllGather
 from lasp.launch.cli import main
 from lasp.launch.config.schema import load_config
-from lasp.launch.launchers.local import RankFailure, run_local
+from lasp.launch.launchers.local import run_local
 from lasp.launch.launchers.process_tree import children
+from lasp.launch.run.failures import RankFailure
 from lasp.launch.train import train
 from lasp.models.linear_llama import Block
 from tests.launch.helpers import tiny_yaml

@@ -17,11 +17,12 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed import TCPStore
 
-from lasp.launch.launchers.local import Interrupted, RankFailure, run_local
+from lasp.launch.launchers.local import run_local
 from lasp.launch.launchers.placement import Seat, crossing_groups, largest_world, place_ranks, rank_environments
 from lasp.launch.launchers.ray_cluster import run_ray
 from lasp.launch.launchers.ray_driver import Driver, Loss, NotStarted, _open_store
 from lasp.launch.launchers.ray_worker import END, FATAL, PLACE, RUN, STOP
+from lasp.launch.run.failures import Interrupted, RankFailure
 from lasp.launch.run.report import Report, Screen, read_metrics, show, watch
 from tests.launch.helpers import tiny_config, tiny_yaml, train_on_ranks
 

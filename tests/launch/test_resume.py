@@ -10,9 +10,9 @@ from lasp.launch.data.stream import DataPlan
 from lasp.launch.train import train
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 from tests.harness import RankPool
+from tests.launch.helpers import train_on_ranks
 from tests.launch.test_curve import check, curve
 from tests.launch.test_engines import STEPS, _config
-from tests.launch.test_train import _train_on_ranks
 
 PARTS = [(8, "ddp", 4, 1), (14, "fsdp2", 2, 2), (STEPS, "zero2", 1, 2)]  # last step, engine, cp, dp
 
@@ -36,7 +36,7 @@ def _consumed(path, overrides, start):
 
 
 def _consumed_on_rank(group, path, overrides):
-    return _consumed(path, overrides, lambda *arguments: _train_on_ranks(group, *arguments))
+    return _consumed(path, overrides, lambda *arguments: train_on_ranks(group, *arguments))
 
 
 def _stream(parts):

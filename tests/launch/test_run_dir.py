@@ -9,6 +9,7 @@ from lasp.launch.data.token_files import write_token_file
 from lasp.launch.data.tokenizer import BYTES, ByteTokenizer, fingerprint, load_tokenizer
 from lasp.launch.run.generate import load_model, sample_text
 from lasp.launch.run.report import read_metrics
+from lasp.launch.run.resume import check_same_tokenizer
 from lasp.launch.train import train
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 from tests.launch.helpers import TEXTS, tiny_config, tiny_yaml, tokenizer_file, train_on_ranks
@@ -86,15 +87,13 @@ def test_another_tokenizer_of_equal_size_is_refused(tmp_path, finished):
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path, finished):
-    from lasp.launch.train import _check_same_tokenizer
-
     saved = checkpoints.load(checkpoints.find(finished.run_dir))
     assert saved.state["tokenizer_sha256"] == BYTES == fingerprint(ByteTokenizer())
-    _check_same_tokenizer(saved, ByteTokenizer())
+    check_same_tokenizer(saved, ByteTokenizer())
     with pytest.raises(ValueError, match=r"trained with tokenizer 'bytes' .*data\.tokenizer is 'other\.json'"):
-        _check_same_tokenizer(saved, OtherTokenizer())
+        check_same_tokenizer(saved, OtherTokenizer())
     del saved.state["tokenizer_sha256"]
-    _check_same_tokenizer(saved, OtherTokenizer())
+    check_same_tokenizer(saved, OtherTokenizer())
 
 
 def test_a_run_with_a_tokenizer_file_is_resumed_and_generates_from_another_directory(tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from lasp.launch.cli import main
 from lasp.launch.config.schema import load_config
 from lasp.launch.launchers import torchrun
-from lasp.launch.launchers.local import Interrupted, RankFailure
 from lasp.launch.launchers.process_tree import children
+from lasp.launch.run.failures import Interrupted, RankFailure
 from lasp.launch.run.rendezvous import Job
 from lasp.launch.run.report import read_metrics
 from lasp.launch.soak import __main__ as soak

@@ -16,7 +16,6 @@ from lasp.launch.train import train
 from lasp.parallel.checkpoints import checkpoint as checkpoints
 from tests.launch.helpers import tiny_config, tiny_yaml, train_on_ranks
 
-_train_on_ranks = train_on_ranks  # where test_curve, test_engines and test_resume look for it
 SHARD = "tensors/shard-00001-model-00001-of-00001.safetensors"
 FIELDS = {"step", "loss", "grad_norm", "tokens_per_s", "lr", "tokens", "seconds", "labels", "peak_memory_bytes"}
 

@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 from lasp import comm
 from lasp.comm import calls
-from lasp.parallel.file_errors import explained
 from lasp.parallel.mesh import Mesh
+from lasp.parallel.user_errors import USER_ERRORS, sentence
 
 
 def _places(group, cp_size, dp_size):
@@ -83,12 +83,31 @@ def _full_disk(group):
     try:
         Mesh.build(2, 1, group).on_first(work)
     except OSError as error:
-        return explained(error)
+        return sentence(error)
 
 
 def test_a_refused_write_of_the_first_rank_is_everybodys(ranks):
     message = "cannot use x: Permission denied. Name a path that exists and can be used."
     assert ranks.run(_full_disk, size=2) == [message] * 2
+
+
+def _every_kind(group):
+    mesh, found = Mesh.build(1, 2, group), []
+    for kind in USER_ERRORS:
+
+        def work(kind=kind):
+            raise kind(f"{kind.__name__} says what to do.")
+
+        try:
+            mesh.on_first(work)
+        except Exception as error:
+            found.append((type(error), str(error)))
+    return found
+
+
+def test_what_a_user_can_mend_is_the_same_error_on_every_rank(ranks):
+    for found in ranks.run(_every_kind, size=2):
+        assert found == [(kind, f"{kind.__name__} says what to do.") for kind in USER_ERRORS]
 
 
 METHODS = {
