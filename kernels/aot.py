@@ -85,8 +85,8 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
         def _arch(self):
             return arch
 
-        def _launch(self, kernel, programs, *args, **options):
-            found[describe(kernel, args, options)] = None
+        def _launch(self, kernel, programs, **arguments):
+            found[describe(kernel, arguments)] = None
 
     class Forward(Recorder, lightning.Forward):
         pass
@@ -114,14 +114,13 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
     return list(found)
 
 
-def describe(kernel, args: tuple, options: dict) -> Launch:
-    """What the just-in-time compiler would specialise this launch on."""
-    launch_options = {n: options[n] for n in ("num_warps", "num_stages") if n in options}
-    bound = dict(zip(kernel.arg_names, args)) | {n: x for n, x in options.items() if n not in launch_options}
+def describe(kernel, arguments: dict) -> Launch:
+    """What the just-in-time compiler would specialise this launch on: the kernel's arguments and launch options."""
+    launch_options = {n: arguments[n] for n in ("num_warps", "num_stages") if n in arguments}
     fixed = {p.name for p in kernel.params if p.do_not_specialize}
     signature, constants, aligned = [], [], []
     for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, bound[parameter.name]
+        name, value = parameter.name, arguments[parameter.name]
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and name not in fixed):
             signature.append((name, "constexpr"))
             constants.append((name, value))
@@ -132,9 +131,9 @@ def describe(kernel, args: tuple, options: dict) -> Launch:
             signature.append((name, "fp32" if isinstance(value, float) else "i32"))
             if isinstance(value, int) and value % 16 == 0 and name not in fixed:
                 aligned.append(i)
-    name = {"mix": "dq" if bound.get("SWAP") else "o", "mix_grads": "dkdv"}.get(kernel.__name__, kernel.__name__)
-    name += " safe" * bool(bound.get("SAFE")) + " rev" * bool(bound.get("REV") and name.endswith("states"))
-    name += " fresh" * (bound.get("ENTERED") is False or bound.get("LEFT") is False)
+    name = {"mix": "dq" if arguments.get("SWAP") else "o", "mix_grads": "dkdv"}.get(kernel.__name__, kernel.__name__)
+    name += " safe" * bool(arguments.get("SAFE")) + " rev" * bool(arguments.get("REV") and name.endswith("states"))
+    name += " fresh" * (arguments.get("ENTERED") is False or arguments.get("LEFT") is False)
     parts = signature, constants, aligned, launch_options.items()
     return Launch(f"{kernel.fn.__module__}:{kernel.__name__}", name, *map(tuple, parts))
 

@@ -100,9 +100,10 @@ class _Lightning:
             tune_once(triton_tiles.entry(*call), self.q.device, (Forward, Backward))
         return triton_tiles.plan(*call)
 
-    def _launch(self, kernel, programs: int, *args, **options) -> None:
+    def _launch(self, kernel, programs: int, **arguments) -> None:
+        """Run ``programs`` programs of a kernel; ``arguments`` are the kernel's, by name, and launch options."""
         with torch.cuda.device_of(self.q):
-            kernel[(programs,)](*args, **options)
+            kernel[(programs,)](**arguments)
 
     def _prepare_gates(self, g: Tensor) -> None:
         heads, count, chunk = self.gate_heads, self.pieces.count, self.plan.chunk
@@ -111,28 +112,31 @@ class _Lightning:
         channels = self.key_dim if self.decay == CHANNEL else 1
         self.total = make(self.batch, heads, count, channels)
         self.illegal = torch.empty((self.batch, heads, count), dtype=torch.int32, device=g.device)
-        tables = (self.pieces.pieces, self.length, count)
         if self.decay == TOKEN:
             self.fine = make(self.batch, heads, self.length)
             self.coarse = make(self.batch, heads, self.length) if self.exact else None
-            options = {"HG": heads, "C": chunk, "R": 16, "EXACT": self.exact, "num_warps": 4}
-            self._launch(token_gates, programs, g, self.coarse, self.fine, self.total, self.illegal, *tables, **options)
+            self._launch(
+                token_gates, programs, p_g=g, p_coarse=self.coarse, p_fine=self.fine, p_total=self.total,
+                p_illegal=self.illegal, p_pieces=self.pieces.pieces, T=self.length, N=count,
+                HG=heads, C=chunk, R=16, EXACT=self.exact, num_warps=4,
+            )  # fmt: skip
         else:
             self.fine = make(*g.shape)
             self.flags = torch.empty((self.batch, heads, count), dtype=torch.int32, device=g.device)
             block = power_of_two(channels)
             self._launch(
-                channel_gates, programs,
-                g, self.fine, self.total, self.flags, self.illegal, *tables, _CHUNK_DECAY[self.q.dtype],
-                HG=heads, K=channels, BK=block, C=chunk, num_warps=max(4, block // 16),
+                channel_gates, programs, p_g=g, p_fine=self.fine, p_total=self.total, p_flags=self.flags,
+                p_illegal=self.illegal, p_pieces=self.pieces.pieces, T=self.length, N=count,
+                limit=_CHUNK_DECAY[self.q.dtype], HG=heads, K=channels, BK=block, C=chunk,
+                num_warps=max(4, block // 16),
             )  # fmt: skip
         segments = self.pieces.num_segments
         self.before, self.after = make(*self.total.shape), make(*self.total.shape)
         self.whole = make(segments, self.batch, heads, channels)
         block = power_of_two(channels, 1)
         self._launch(
-            sum_gates, segments * self.batch * heads,
-            self.total, self.before, self.after, self.whole, self.pieces.segments, count, segments, self.batch * heads,
+            sum_gates, segments * self.batch * heads, p_total=self.total, p_before=self.before, p_after=self.after,
+            p_whole=self.whole, p_segments=self.pieces.segments, N=count, S=segments, BHG=self.batch * heads,
             A=channels, BA=block, R=max(16, 1024 // block) if block > 1 else 128, num_warps=4,
         )  # fmt: skip
 
@@ -150,16 +154,17 @@ class _Lightning:
         heads = {"H": self.num_heads, "HG": self.gate_heads, "K": dk, "V": dv}
         for chunk, safe in self._variants():
             self._launch(
-                local_states, n * self.rows * triton.cdiv(dv, tile.block),
-                x, z, states, self.g, self.coarse, self.fine, self.flags, self.pieces.pieces,
-                self.scale, self.length, n, self.rows, **heads, HX=x.shape[2], HZ=z.shape[2],
+                local_states, n * self.rows * triton.cdiv(dv, tile.block), p_x=x, p_z=z, p_states=states,
+                p_g=self.g, p_coarse=self.coarse, p_fine=self.fine, p_flags=self.flags, p_pieces=self.pieces.pieces,
+                scale=self.scale, T=self.length, N=n, BH=self.rows, **heads, HX=x.shape[2], HZ=z.shape[2],
                 BK=block_k, BV=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe, REV=reverse,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         rows = max(1, 1024 // block_v)
         self._launch(
-            scan_states, segments * self.rows * triton.cdiv(dk, rows),
-            states, exits, self.g, self.total, self.pieces.pieces, self.pieces.segments, n, segments, self.rows,
+            scan_states, segments * self.rows * triton.cdiv(dk, rows), p_states=states, p_exits=exits, p_g=self.g,
+            p_total=self.total, p_pieces=self.pieces.pieces, p_segments=self.pieces.segments,
+            N=n, S=segments, BH=self.rows,
             **heads, BK=rows, BV=block_v, DECAY=self.decay, REV=reverse, num_warps=4,
         )  # fmt: skip
         return states, exits
@@ -171,10 +176,11 @@ class _Lightning:
         dx, dz = x.shape[-1], z.shape[-1]
         for chunk, safe in self._variants():
             self._launch(
-                mix, (last - first) * self.rows * triton.cdiv(dz, tile.block),
-                x, y, z, out, states, entry, other, rows, self.g, self.coarse, self.fine, self.flags,
-                self.before, self.pieces.pieces, self.scale, self.length, self.pieces.count, self.rows, first,
-                last - first, H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2], HG=self.gate_heads,
+                mix, (last - first) * self.rows * triton.cdiv(dz, tile.block), p_x=x, p_y=y, p_z=z, p_out=out,
+                p_states=states, p_entry=entry, p_other=other, p_rows=rows, p_g=self.g, p_coarse=self.coarse,
+                p_fine=self.fine, p_flags=self.flags, p_entry_decay=self.before, p_pieces=self.pieces.pieces,
+                scale=self.scale, T=self.length, N=self.pieces.count, BH=self.rows, first=first, count=last - first,
+                H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2], HG=self.gate_heads,
                 DX=dx, DZ=dz, BX=power_of_two(dx), BZ=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact,
                 SAFE=safe, CAUSAL=self.causal, ENTERED=entry is not None, ROWS=rows is not None,
                 HO=1 if other is None else other.shape[2], SWAP=name == "dq",
@@ -277,7 +283,7 @@ class Backward(_Lightning):
         self._mix("dq", self.do, self.v, self.k, states, self.entry, self.dq, other=other, rows=self.products)
 
     def _make_products(self) -> Tensor:
-        """Room for what dg sums, written by the kernels of dq and dk: see :func:`triton_output.mix`."""
+        """Room for what dg sums; :func:`lasp.kernels.triton_linear.output.walk` writes it for dq and dk."""
         if self.decay == CHANNEL:
             return self.k.new_empty((self.batch, self.length, self.num_heads, self.key_dim), dtype=torch.float32)
         self._dq_slots = triton.cdiv(self.key_dim, self.plan.tiles["dq"].block)
@@ -310,14 +316,15 @@ class Backward(_Lightning):
         blocks = triton.cdiv(self.value_dim, tile_v.block) + triton.cdiv(self.key_dim, tile_k.block)
         for chunk, safe in self._variants():
             self._launch(
-                mix_grads, self.pieces.count * self.rows * blocks,
-                self.q, self.k, self.v, self.do, dv, dk, grads, d_exit, rows, self.g, self.coarse, self.fine,
-                self.flags, self.after, self.pieces.pieces, self.scale or _LEAST_SCALE,  # divides gradients of states
-                self.length, self.pieces.count, self.rows, H=self.num_heads, HQ=self.q.shape[2], HK=self.k.shape[2],
-                HV=self.v.shape[2], HG=self.gate_heads, K=self.key_dim, V=self.value_dim,
-                PK=power_of_two(self.key_dim), PV=power_of_two(self.value_dim), BV=tile_v.block,
-                BK=tile_k.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe, CAUSAL=self.causal,
-                LEFT=d_exit is not None, ROWS=rows is not None,
+                mix_grads, self.pieces.count * self.rows * blocks, p_q=self.q, p_k=self.k, p_v=self.v, p_do=self.do,
+                p_dv=dv, p_dk=dk, p_grads=grads, p_d_exit=d_exit, p_rows=rows, p_g=self.g, p_coarse=self.coarse,
+                p_fine=self.fine, p_flags=self.flags, p_exit_decay=self.after, p_pieces=self.pieces.pieces,
+                scale=self.scale or _LEAST_SCALE,  # divides gradients of states
+                T=self.length, N=self.pieces.count, BH=self.rows,
+                H=self.num_heads, HQ=self.q.shape[2], HK=self.k.shape[2], HV=self.v.shape[2], HG=self.gate_heads,
+                K=self.key_dim, V=self.value_dim, PK=power_of_two(self.key_dim), PV=power_of_two(self.value_dim),
+                BV=tile_v.block, BK=tile_k.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe,
+                CAUSAL=self.causal, LEFT=d_exit is not None, ROWS=rows is not None,
                 num_warps=tile_v.warps, num_stages=tile_v.stages,
             )  # fmt: skip
 
@@ -328,9 +335,10 @@ class Backward(_Lightning):
         block = min(32, power_of_two(self.key_dim))
         blocks = triton.cdiv(self.key_dim, block) if self.decay == CHANNEL else 1
         self._launch(
-            gate_grads, self.pieces.count * self.rows * blocks,
-            self.products, dg, self.saved[0], self.grads, self.entry, self.exits, d_exit, self.g, self.before,
-            self.after, self.pieces.pieces, self.length, self.pieces.count, self.rows, self.products.shape[0],
+            gate_grads, self.pieces.count * self.rows * blocks, p_rows=self.products, p_dg=dg,
+            p_states=self.saved[0], p_grads=self.grads, p_entry=self.entry, p_exits=self.exits, p_d_exit=d_exit,
+            p_g=self.g, p_before=self.before, p_after=self.after, p_pieces=self.pieces.pieces,
+            T=self.length, N=self.pieces.count, BH=self.rows, slots=self.products.shape[0],
             H=self.num_heads, HG=self.gate_heads, K=self.key_dim, V=self.value_dim, BK=block,
             BV=min(64, power_of_two(self.value_dim)), C=self.plan.chunk, DECAY=self.decay,
             ENTERED=self.entry is not None, LEFT=d_exit is not None, num_warps=4,
