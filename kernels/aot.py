@@ -30,13 +30,21 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.segments import SegmentTable
+from lasp.kernels.triton_linear.decays import Decay
 from lasp.kernels.triton_linear.tiles import ARCHITECTURES, DIMS
 
 SHARED_BYTES = {80: 101376, 90: 232448, 100: 232448}  # sm_80: of sm_86, sm_89 and sm_120, which use its tiles
 SPILL_BYTES = {"local_states": 0, "o": 0, "dq": 0}  # on sm_90; elsewhere:
 SPILL_BYTES_OTHERWISE = 64
 # what decides the code: the decay, whether a fixed one is learned, and whether there is an order
-CASES = ("none", "fixed", "learned", "token", "channel", "bidirectional")
+CASES = {
+    "none": Decay.NONE,
+    "fixed": Decay.FIXED,
+    "learned": Decay.FIXED,
+    "token": Decay.TOKEN,
+    "channel": Decay.CHANNEL,
+    "bidirectional": Decay.NONE,
+}
 LENGTHS, HEADS = (1 << 16, 1 << 11), 16  # of both buckets of B * H * T
 
 
@@ -100,8 +108,8 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
             continue
         with torch.device("meta"):
             q, k, v, do = (torch.empty(1, length, HEADS, dim, dtype=torch.bfloat16) for _ in range(4))
-            shapes = {"token": (1, length, HEADS), "channel": (1, length, HEADS, dim)}
-            g = None if case in ("none", "bidirectional") else torch.empty(shapes.get(case, (HEADS,)))
+            shape = CASES[case].gate_shape(1, length, HEADS, dim)
+            g = None if shape is None else torch.empty(shape)
             state = torch.empty(1, 1, HEADS, dim, dim)
         inputs = q, k, v, g, SegmentTable([(0, length)], torch.device("meta")), causal, 0.125
         forward = Forward(*inputs)
@@ -265,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     archs, cases = options.arch.split(","), options.cases.split(",")
     if not set(archs) <= set(map(str, ARCHITECTURES)) or not set(cases) <= set(CASES):
-        parser.error(f"--arch takes {ARCHITECTURES}, --cases {CASES}; got {options.arch} and {options.cases}")
+        parser.error(f"--arch takes {ARCHITECTURES}, --cases {tuple(CASES)}; got {options.arch} and {options.cases}")
     import triton
 
     chosen = list(selection([int(x) for x in archs], cases, options.all))

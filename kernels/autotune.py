@@ -17,6 +17,7 @@ from itertools import product
 
 import torch
 
+from lasp.kernels.triton_linear.decays import Decay
 from lasp.kernels.triton_linear.operator import Backward, Forward
 from lasp.kernels.triton_linear.tiles import DECAYS, DIMS, KERNELS, entry, tile_table
 from lasp.kernels.triton_linear.tuning import HEADS, LENGTHS, tune_once
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability(device)
     for dim, decay, length in product(map(int, dims), decays, LENGTHS.values()):
-        kind, dtype = DECAYS.index(decay), getattr(torch, options.dtype)
+        kind, dtype = Decay[decay.upper()], getattr(torch, options.dtype)
         asked = entry(10 * major + minor, dtype, dim, dim, kind, HEADS * length)
         before = tile_table().tiles(asked)
         tune_once(asked, device, (Forward, Backward))

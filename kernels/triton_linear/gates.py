@@ -4,7 +4,7 @@ All decays are kept as base-2 logarithms and every exponent that is used is <= 0
 
     begin_i = g_first + ... + g_i        end_i = g_{i+1} + ... + g_last        span_ij = g_{j+1} + ... + g_i, j <= i
 
-DECAY is 0 (none), 1 (fixed per head: the sums are products, nothing is stored), 2 (per token), 3 (per key channel).
+DECAY is NONE, FIXED (per head: the sums are products, nothing is stored), TOKEN or CHANNEL (per key channel).
 
 Per token, ``fine`` [B, HG, T] holds begin. Differences of it lose digits where decays are strong, so for fp32 inputs
 (EXACT) the whole numbers are summed apart in ``coarse``: their differences are exact.
@@ -19,6 +19,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton_linear.decays import Decay
+
+NONE, FIXED, TOKEN, CHANNEL = (tl.constexpr(int(kind)) for kind in Decay)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-100.0)  # natural; exp of it is 0 in fp32, and a full reset (-inf) stays out of differences
 CHUNK_SAFE = 16
@@ -140,7 +143,7 @@ def floored(g):
 def fixed_slope(p_g, i_hg, DECAY: tl.constexpr):
     """Base-2 log-decay per token of a head; 0 unless the decay is fixed."""
     slope = 0.0
-    if DECAY == 1:
+    if DECAY == FIXED:
         slope = floored(tl.load(p_g + i_hg).to(tl.float32)) * LOG2E
     return slope
 
@@ -153,7 +156,7 @@ def row_decays(slope, p_coarse, p_fine, t, left, rows, C: tl.constexpr, DECAY: t
     """
     last = tl.minimum(left, C) - 1
     row = tl.minimum(rows, last)
-    if DECAY == 1:
+    if DECAY == FIXED:
         b_begin = (row + 1).to(tl.float32) * slope
         b_end = (last - row).to(tl.float32) * slope
         total = (last + 1).to(tl.float32) * slope
@@ -171,7 +174,7 @@ def row_decays(slope, p_coarse, p_fine, t, left, rows, C: tl.constexpr, DECAY: t
 @triton.jit
 def row_spans(slope, p_coarse, p_fine, t, left, rows, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
     """span [C, C], row minus column; its negative above the diagonal is the span of the transpose."""
-    if DECAY == 1:
+    if DECAY == FIXED:
         b_span = (rows[:, None] - rows[None, :]).to(tl.float32) * slope
     else:
         row = tl.minimum(rows, tl.minimum(left, C) - 1)

@@ -21,7 +21,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton_linear.gates import channel_decays, fixed_slope, row_decays, row_spans
+from lasp.kernels.triton_linear.gates import (
+    CHANNEL,
+    FIXED,
+    NONE,
+    TOKEN,
+    channel_decays,
+    fixed_slope,
+    row_decays,
+    row_spans,
+)
 
 
 @triton.jit(do_not_specialize=["T", "N", "BH", "first", "count"])
@@ -40,7 +49,7 @@ def mix(
     NZ: tl.constexpr = (DZ + BZ - 1) // BZ
     i_z, i_bh, i_n = tl.program_id(0) % NZ, (tl.program_id(0) // NZ) % BH, tl.program_id(0) // (NZ * BH)
     i_n = first + count - 1 - i_n  # the states read last by the pass before are the likeliest in the cache
-    if DECAY == 3:  # noqa: SIM102 (decided when compiled, then on the device)
+    if DECAY == CHANNEL:  # noqa: SIM102 (decided when compiled, then on the device)
         if (tl.load(p_flags + (i_bh // H * HG + i_bh % H // (H // HG)) * N + i_n) != 0) != SAFE:
             return
     walk(
@@ -66,7 +75,7 @@ def mix_grads(
     NV: tl.constexpr = (V + BV - 1) // BV
     NZ: tl.constexpr = NV + (K + BK - 1) // BK
     i_z, i_bh, i_n = tl.program_id(0) % NZ, (tl.program_id(0) // NZ) % BH, tl.program_id(0) // (NZ * BH)
-    if DECAY == 3:  # noqa: SIM102 (decided when compiled, then on the device)
+    if DECAY == CHANNEL:  # noqa: SIM102 (decided when compiled, then on the device)
         if (tl.load(p_flags + (i_bh // H * HG + i_bh % H // (H // HG)) * N + i_n) != 0) != SAFE:
             return
     if i_z < NV:
@@ -117,16 +126,16 @@ def walk(
     if ROWS:
         p_other += (token * HO + i_h // (H // HO)) * DZ
         at_other = rows[:, None] * (HO * DZ) + cols_z[None, :]
-        if DECAY == 3:
+        if DECAY == CHANNEL:
             p_rows += (token * H + i_h) * DZ
         else:
             p_rows += (i_z * BH + i_bh).to(tl.int64) * T + start
     slope = fixed_slope(p_g, i_hg, DECAY)
-    if DECAY == 2:
+    if DECAY == TOKEN:
         p_fine += (i_b * HG + i_hg).to(tl.int64) * T + start
         if EXACT:
             p_coarse += (i_b * HG + i_hg).to(tl.int64) * T + start
-    if DECAY == 3:
+    if DECAY == CHANNEL:
         KEYS: tl.constexpr = DZ if SWAP else DX
         cols_k = cols_z if SWAP else cols_x
         p_fine += (token * HG + i_hg) * KEYS
@@ -142,15 +151,15 @@ def walk(
     if ENTERED:
         i_s = tl.load(p_pieces + 2 * N + i_n)
         b_entry = tl.load(p_entry + (i_s * BH + i_bh).to(tl.int64) * (DX * DZ) + at_state, mask=in_state, other=0.0)
-        if DECAY == 1:
+        if DECAY == FIXED:
             if REV:
                 tokens = tl.load(p_pieces + 4 * N + i_n) - start - n
             else:
                 tokens = start - tl.load(p_pieces + 3 * N + i_n)
             b_entry *= tl.exp2(tokens.to(tl.float32) * slope)
-        elif DECAY == 2:
+        elif DECAY == TOKEN:
             b_entry *= tl.exp2(tl.load(p_entry_decay + (i_b * HG + i_hg) * N + i_n))
-        elif DECAY == 3:
+        elif DECAY == CHANNEL:
             p_decay = p_entry_decay + ((i_b * HG + i_hg) * N + i_n).to(tl.int64) * KEYS
             b_decay = tl.exp2(tl.load(p_decay + cols_k, mask=cols_k < KEYS, other=0.0))
             b_entry *= b_decay[None, :] if SWAP else b_decay[:, None]
@@ -172,9 +181,9 @@ def walk(
 
         if not CAUSAL:
             b_out = times(b_x, b_state) * scale
-        elif DECAY < 3:
+        elif DECAY != CHANNEL:
             b_scores = tl.dot(b_x, tl.trans(b_y), input_precision="ieee")
-            if DECAY == 0:
+            if DECAY == NONE:
                 b_scores = tl.where(seen, b_scores, 0.0)
                 b_out = times(b_x, b_state) * scale
             else:
@@ -226,7 +235,7 @@ def walk(
         tl.store(p_out + t * (H * DZ) + at_out, b_out.to(p_out.dtype.element_ty), mask=mask)
         if ROWS:
             b_rows = b_out * tl.load(p_other + t * (HO * DZ) + at_other, mask=mask, other=0.0).to(tl.float32)
-            if DECAY == 3:
+            if DECAY == CHANNEL:
                 if REV:
                     b_rows = tl.load(p_rows + t * (H * DZ) + at_out, mask=mask, other=0.0) - b_rows
                 tl.store(p_rows + t * (H * DZ) + at_out, b_rows, mask=mask)
@@ -234,15 +243,15 @@ def walk(
                 b_sum = tl.sum(b_rows, 1)
                 tl.store(p_rows + t + rows, -b_sum if REV else b_sum, mask=rows < left)
         if CAUSAL:  # last, when the output is out of the registers; decays are read again to stay out of them till now
-            if DECAY == 1 or DECAY == 2:
+            if DECAY != NONE and DECAY != CHANNEL:
                 b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
                 b_z = (b_z.to(tl.float32) * tl.exp2(b_begin if REV else b_end)[:, None]).to(dtype)
                 b_state *= tl.exp2(total)
-            if DECAY == 3 and not SAFE and dtype == tl.float16:
+            if DECAY == CHANNEL and not SAFE and dtype == tl.float16:
                 b_state += tl.dot(tl.trans(b_y), b_z) * into
             else:
                 b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
-            if DECAY == 3 and not SAFE:
+            if DECAY == CHANNEL and not SAFE:
                 b_state *= b_half
 
 
@@ -317,7 +326,7 @@ def gate_grads(
     (if LEFT). Grid [N * B * H], times cdiv(K, BK) for decays of channels.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
-    BLOCKS: tl.constexpr = NK if DECAY == 3 else 1
+    BLOCKS: tl.constexpr = NK if DECAY == CHANNEL else 1
     i_k, i_bh, i_n = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS) % BH, tl.program_id(0) // (BLOCKS * BH)
     i_b, i_h = i_bh // H, i_bh % H
     i_bhg = i_b * HG + i_h // (H // HG)
@@ -330,8 +339,8 @@ def gate_grads(
     segment = (i_s * BH + i_bh).to(tl.int64) * (K * V)
     rows, cols = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
     b_anchor = tl.zeros([BK], tl.float32)
-    for i in range(0, tl.cdiv(V, BV) * (1 if DECAY == 3 else NK)):
-        keys = cols + (0 if DECAY == 3 else (i // tl.cdiv(V, BV)) * BK)
+    for i in range(0, tl.cdiv(V, BV) * (1 if DECAY == CHANNEL else NK)):
+        keys = cols + (0 if DECAY == CHANNEL else (i // tl.cdiv(V, BV)) * BK)
         values = (i % tl.cdiv(V, BV)) * BV + tl.arange(0, BV)
         at = keys[:, None] * V + values[None, :]
         mask = (keys < K)[:, None] & (values < V)[None, :]
@@ -340,9 +349,9 @@ def gate_grads(
         b_grad = tl.load(p_grad + at, mask=mask, other=0.0)
         if ENTERED:
             b_entry = tl.load(p_entry + segment + at, mask=mask & (stop < end), other=0.0)
-            if DECAY == 1:
+            if DECAY == FIXED:
                 b_entry *= tl.exp2((stop - begin).to(tl.float32) * slope)
-            elif DECAY == 2:
+            elif DECAY == TOKEN:
                 b_entry *= tl.exp2(tl.load(p_before + i_bhg * N + i_n + 1, mask=stop < end, other=0.0))
             else:
                 p_decay = p_before + (i_bhg * N + i_n + 1).to(tl.int64) * K + keys
@@ -350,9 +359,9 @@ def gate_grads(
             b_state += b_entry
         if LEFT:
             b_exit = tl.load(p_d_exit + segment + at, mask=mask, other=0.0)
-            if DECAY == 1:
+            if DECAY == FIXED:
                 b_exit *= tl.exp2((end - stop).to(tl.float32) * slope)
-            elif DECAY == 2:
+            elif DECAY == TOKEN:
                 b_exit *= tl.exp2(tl.load(p_after + i_bhg * N + i_n))
             else:
                 p_decay = p_after + (i_bhg * N + i_n).to(tl.int64) * K + keys
@@ -362,7 +371,7 @@ def gate_grads(
 
     n = stop - start
     chunks = tl.cdiv(n, C)
-    if DECAY == 3:
+    if DECAY == CHANNEL:
         at_row = ((i_b * T + start).to(tl.int64) * H + i_h) * K + rows[:, None] * (H * K) + cols[None, :]
         for i in range(0, chunks):
             t = (chunks - 1 - i) * C

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton_linear.gates import channel_decays, fixed_slope, row_decays
+from lasp.kernels.triton_linear.gates import CHANNEL, FIXED, NONE, TOKEN, channel_decays, fixed_slope, row_decays
 
 
 @triton.jit(do_not_specialize=["T", "N", "BH"])
@@ -29,7 +29,7 @@ def local_states(
     i_v, i_bh, i_n = tl.program_id(0) % NV, (tl.program_id(0) // NV) % BH, tl.program_id(0) // (NV * BH)
     i_b, i_h = i_bh // H, i_bh % H
     i_hg = i_h // (H // HG)
-    if DECAY == 3:  # noqa: SIM102 (decided when compiled, then on the device)
+    if DECAY == CHANNEL:  # noqa: SIM102 (decided when compiled, then on the device)
         if (tl.load(p_flags + (i_b * HG + i_hg) * N + i_n) != 0) != SAFE:
             return
     start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
@@ -37,17 +37,17 @@ def local_states(
     p_x += (token * HX + i_h // (H // HX)) * K
     p_z += (token * HZ + i_h // (H // HZ)) * V
     slope = fixed_slope(p_g, i_hg, DECAY)
-    if DECAY == 2:
+    if DECAY == TOKEN:
         p_fine += (i_b * HG + i_hg).to(tl.int64) * T + start
         if EXACT:
             p_coarse += (i_b * HG + i_hg).to(tl.int64) * T + start
-    if DECAY == 3:
+    if DECAY == CHANNEL:
         p_fine += (token * HG + i_hg) * K
     rows, cols_k, cols_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     at_x = rows[:, None] * (HX * K) + cols_k[None, :]
     at_z = rows[:, None] * (HZ * V) + cols_v[None, :]
     b_state = tl.zeros([BK, BV], tl.float32)
-    if DECAY == 3:
+    if DECAY == CHANNEL:
         b_run = tl.zeros([BK], tl.float32)
     else:
         b_run = 0.0
@@ -58,12 +58,12 @@ def local_states(
         in_row = (rows < left)[:, None]
         b_x = tl.load(p_x + t * (HX * K) + at_x, mask=in_row & (cols_k < K)[None, :], other=0.0)
         b_z = tl.load(p_z + t * (HZ * V) + at_z, mask=in_row & (cols_v < V)[None, :], other=0.0)
-        if DECAY == 3:
+        if DECAY == CHANNEL:
             b_begin, b_end, b_total = channel_decays(p_fine, t, left, rows, cols_k, HG, K, C, SAFE)
             b_weight = tl.exp2(b_run[None, :] + (b_begin if REV else b_end))
             b_x = (b_x.to(tl.float32) * b_weight).to(p_x.dtype.element_ty)
             b_run += b_total
-        elif DECAY > 0:
+        elif DECAY != NONE:
             b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
             b_weight = tl.exp2(b_run + (b_begin if REV else b_end))
             b_z = (b_z.to(tl.float32) * b_weight[:, None]).to(p_z.dtype.element_ty)
@@ -102,12 +102,12 @@ def scan_states(
         p_state = p_states + j.to(tl.int64) * (K * V) + at
         b_own = tl.load(p_state, mask=mask, other=0.0)
         tl.store(p_state, b_carried, mask=mask)
-        if DECAY == 1:
+        if DECAY == FIXED:
             n = tl.load(p_pieces + N + j) - tl.load(p_pieces + j)
             b_carried *= tl.exp2(n.to(tl.float32) * slope)
-        elif DECAY == 2:
+        elif DECAY == TOKEN:
             b_carried *= tl.exp2(tl.load(p_total + i_bhg * N + j))
-        elif DECAY == 3:
+        elif DECAY == CHANNEL:
             p_row = p_total + (i_bhg * N + j).to(tl.int64) * K + rows
             b_carried *= tl.exp2(tl.load(p_row, mask=rows < K, other=0.0))[:, None]
         b_carried += b_own

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from lasp.kernels.triton_linear.decays import Decay
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -48,11 +50,11 @@ class Plan:
 
 
 KERNELS = ("states", "o", "dq", "dv", "dk")
-DECAYS = ("none", "fixed", "token", "channel")
+DECAYS = tuple(kind.name.lower() for kind in Decay)
 ARCHITECTURES = (80, 90, 100)  # that the shipped table has; sm_80 also stands for all but Hopper and B200
 DIMS = (64, 128, 256)  # largest of K and V that each part of the table is for
 SHIPPED = Path(__file__).with_name("tiles.json")
-_NAME = re.compile(r"fp32|sm_\d+ D=(64|128|256) (none|fixed|token|channel) (few|many)( fp32)?")
+_NAME = re.compile(rf"fp32|sm_\d+ D=({'|'.join(map(str, DIMS))}) ({'|'.join(DECAYS)}) (few|many)( fp32)?")
 _MANY_TOKENS = 1 << 16  # B * H * T below which programs are too few for a device, so they share less
 
 
@@ -183,7 +185,7 @@ def superchunk(decay: int, tokens: int) -> int:
 
     Gate gradients are anchored once per superchunk, so with decays per token or channel it stays shorter.
     """
-    most = 4096 if decay < 2 else 1024
+    most = 1024 if Decay(decay).per_token else 4096
     return min(max(1 << max(tokens // 256, 1).bit_length() - 1, 256), most)
 
 
