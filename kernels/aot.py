@@ -1,10 +1,12 @@
 """Compile the Triton kernels without a GPU: ``python -m lasp.kernels.aot --arch 80,90,100 [--all] [--json FILE]``.
 
-Runs the launches of :mod:`lasp.kernels.triton_linear.operator` on tensors without storage, compiles each distinct one
-for bf16 and prints registers, spilled bytes per thread, shared memory and which tensor-core instructions are used.
-Exits non-zero when a kernel does not compile, needs more shared memory than the architecture has, or on sm_90 spills
-more than its budget. By default: on sm_90 every tile for D = 128, elsewhere one tile of each kernel; ``--all``: every
-tile. The report of a run over everything holds its :func:`fingerprint`: while that is unchanged, a new run would say
+The operator of :mod:`lasp.kernels.triton_linear.operator` runs on tensors without storage, and its launches are
+recorded. The command compiles each distinct launch for bf16 and prints its registers and spilled bytes per thread, its
+shared memory, and which tensor-core instructions it uses. It exits non-zero when a kernel does not compile, needs more
+shared memory than the architecture has, or on sm_90 spills more than its budget.
+
+By default it compiles every tile for D = 128 on sm_90, and one tile of each kernel elsewhere. ``--all`` compiles every
+tile. The report of a run over everything holds its :func:`fingerprint`. While that is unchanged, a new run would say
 the same.
 """
 
@@ -33,7 +35,7 @@ from lasp.kernels.segments import SegmentTable
 from lasp.kernels.triton_linear.decays import Decay
 from lasp.kernels.triton_linear.tiles import ARCHITECTURES, DIMS
 
-SHARED_BYTES = {80: 101376, 90: 232448, 100: 232448}  # sm_80: of sm_86, sm_89 and sm_120, which use its tiles
+SHARED_BYTES = {80: 101376, 90: 232448, 100: 232448}  # 80: what sm_86, sm_89 and sm_120 have, which use its tiles
 SPILL_BYTES = {"local_states": 0, "o": 0, "dq": 0}  # on sm_90; elsewhere:
 SPILL_BYTES_OTHERWISE = 64
 # what decides the code: the decay, whether a fixed one is learned, and whether there is an order
@@ -54,11 +56,12 @@ class Launch:
 
     Attributes:
         kernel: module and name of the function.
-        name: of the kernel, or what it makes where roles are exchanged; ``safe`` for strong decays per channel, ``rev``
-            for the backward's sweep, ``fresh`` where no state enters or leaves.
+        name: the kernel's, or for :mod:`lasp.kernels.triton_linear.output` what it makes. ``safe`` marks the kernels
+            for strong decays per channel, ``rev`` the backward's sweep, ``fresh`` launches where no state enters or
+            leaves.
         signature: type of each argument.
         constants: arguments known when compiled.
-        aligned: arguments divisible by 16.
+        aligned: positions of the arguments that are divisible by 16.
         options: warps and stages.
     """
 
@@ -83,7 +86,7 @@ class Usage:
 def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS) -> list[Launch]:
     """The distinct launches of a forward and a backward in bf16.
 
-    With entry states and exit gradients, and for the first length also without them.
+    They are made with entry states and exit gradients, and for the first length also without them.
     """
     from lasp.kernels.triton_linear import operator as lightning
 
@@ -182,7 +185,7 @@ def faults(launch: Launch, usage: Usage, arch: int) -> list[str]:
 
 
 def selection(archs: list[int], cases: list[str], everything: bool) -> Iterator[tuple[int, int, str, Launch]]:
-    """(arch, D, case, launch): every tile, or those of sm_90 at D = 128 and of the rest one for each kernel."""
+    """(arch, D, case, launch) of every tile; or of those of sm_90 at D = 128, and elsewhere of one for each kernel."""
     for arch in archs:
         seen: set[str] = set()
         few = not everything and arch != 90
@@ -195,9 +198,9 @@ def selection(archs: list[int], cases: list[str], everything: bool) -> Iterator[
 
 
 def fingerprint() -> str:
-    """Hash of all that decides the rows of every tile: kernels, launches, budgets and triton, wherever the files lie.
+    """A hash of all that decides the rows of every tile: kernels, launches, budgets and triton's version.
 
-    A kernel's text counts without its imports, so that a file may move.
+    A kernel's text counts without its imports, so the hash stays when a file moves.
     """
     import triton
 

@@ -3,9 +3,9 @@
     LASP_AUTOTUNE=1 [LASP_TILES=FILE] python train.py                      entries as they are first needed
     LASP_AUTOTUNE=1 LASP_TILES=FILE python -m lasp.kernels.autotune --dims 128    chosen entries at once
 
-Entries that FILE has are not measured again; those of the shipped table are, once per process. An entry takes minutes:
-each kernel is compiled and timed with every tile that may serve it. That waits for the device, so tune before a CUDA
-graph is captured and before many ranks would tune side by side.
+Entries that FILE has are not measured again. Those of the shipped table are, once per process. An entry takes minutes,
+because each kernel is compiled and timed with every tile that may serve it. Timing waits for the device. So tune before
+a CUDA graph is captured, and before many ranks would tune side by side.
 """
 
 from __future__ import annotations

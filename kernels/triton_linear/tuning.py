@@ -1,7 +1,7 @@
 """Tiles measured on the device at hand, for the table of :mod:`lasp.kernels.triton_linear.tiles`.
 
-The stages of the operator are run with every tile that may serve an entry. They are handed in, so that the operator
-can ask for this when it first needs an entry.
+The stages of the operator run with every tile that may serve an entry. The caller hands the stages in, because the
+operator itself asks for a measurement when it first needs an entry, and this file must not import it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _pass(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Callable[[], object]:
-    """The stage of the operator that launches kernel ``name``, all before it done."""
+    """The stage of the operator that launches kernel ``name``, after all stages before it have run."""
     q, k, v, do = (torch.randn(1, length, heads, asked.dim, dtype=dtype, device=device) for _ in range(4))
     table = SegmentTable([(0, length)], device)
     arguments = q, k, v, _gate(asked, heads, length, device), table, True, asked.dim**-0.5
