@@ -27,8 +27,9 @@ from lasp.kernels.segments import SegmentTable
 from lasp.kernels.state import StateMap
 from lasp.kernels.triton_linear import tiles as triton_tiles
 from lasp.kernels.triton_linear.decays import Decay
+from lasp.kernels.triton_linear.gate_grads import gate_grads
 from lasp.kernels.triton_linear.gates import CHUNK_SAFE, channel_gates, sum_gates, token_gates
-from lasp.kernels.triton_linear.output import gate_grads, mix, mix_grads
+from lasp.kernels.triton_linear.output import mix, mix_grads
 from lasp.kernels.triton_linear.states import local_states, scan_states
 from lasp.kernels.triton_linear.superchunks import superchunks
 from lasp.kernels.triton_linear.tiles import Tile, power_of_two
@@ -283,7 +284,7 @@ class Backward(_Lightning):
         self._mix("dq", self.do, self.v, self.k, states, self.entry, self.dq, other=other, rows=self.products)
 
     def _make_products(self) -> Tensor:
-        """Room for what dg sums; :func:`lasp.kernels.triton_linear.output.walk` writes it for dq and dk."""
+        """Room for what dg sums; :func:`lasp.kernels.triton_linear.output.keep_products` writes it for dq and dk."""
         if self.decay == Decay.CHANNEL:
             return self.k.new_empty((self.batch, self.length, self.num_heads, self.key_dim), dtype=torch.float32)
         self._dq_slots = triton.cdiv(self.key_dim, self.plan.tiles["dq"].block)
