@@ -72,9 +72,9 @@ def pass_times(inputs: list[Inputs], watch: Stopwatch, least: int) -> dict[str, 
 
     def marked(stages: type, **names: str) -> type:
         class Marked(stages):
-            def _launch(self, kernel, programs, *args, **options):
+            def _launch(self, kernel, programs, **arguments):
                 began = watch.mark()
-                super()._launch(kernel, programs, *args, **options)
+                super()._launch(kernel, programs, **arguments)
                 name = kernel.__name__.removesuffix("_states").removesuffix("_gates")
                 marks.append((names.get(name, name), began, watch.mark()))
 

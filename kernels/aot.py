@@ -1,10 +1,12 @@
 """Compile the Triton kernels without a GPU: ``python -m lasp.kernels.aot --arch 80,90,100 [--all] [--json FILE]``.
 
-Runs the launches of :mod:`lasp.kernels.triton_linear.operator` on tensors without storage, compiles each distinct one
-for bf16 and prints registers, spilled bytes per thread, shared memory and which tensor-core instructions are used.
-Exits non-zero when a kernel does not compile, needs more shared memory than the architecture has, or on sm_90 spills
-more than its budget. By default: on sm_90 every tile for D = 128, elsewhere one tile of each kernel; ``--all``: every
-tile. The report of a run over everything holds its :func:`fingerprint`: while that is unchanged, a new run would say
+The operator of :mod:`lasp.kernels.triton_linear.operator` runs on tensors without storage, and its launches are
+recorded. The command compiles each distinct launch for bf16 and prints its registers and spilled bytes per thread, its
+shared memory, and which tensor-core instructions it uses. It exits non-zero when a kernel does not compile, needs more
+shared memory than the architecture has, or on sm_90 spills more than its budget.
+
+By default it compiles every tile for D = 128 on sm_90, and one tile of each kernel elsewhere. ``--all`` compiles every
+tile. The report of a run over everything holds its :func:`fingerprint`. While that is unchanged, a new run would say
 the same.
 """
 
@@ -30,13 +32,21 @@ import torch
 from torch import Tensor
 
 from lasp.kernels.segments import SegmentTable
+from lasp.kernels.triton_linear.decays import Decay
 from lasp.kernels.triton_linear.tiles import ARCHITECTURES, DIMS
 
-SHARED_BYTES = {80: 101376, 90: 232448, 100: 232448}  # sm_80: of sm_86, sm_89 and sm_120, which use its tiles
+SHARED_BYTES = {80: 101376, 90: 232448, 100: 232448}  # 80: what sm_86, sm_89 and sm_120 have, which use its tiles
 SPILL_BYTES = {"local_states": 0, "o": 0, "dq": 0}  # on sm_90; elsewhere:
 SPILL_BYTES_OTHERWISE = 64
 # what decides the code: the decay, whether a fixed one is learned, and whether there is an order
-CASES = ("none", "fixed", "learned", "token", "channel", "bidirectional")
+CASES = {
+    "none": Decay.NONE,
+    "fixed": Decay.FIXED,
+    "learned": Decay.FIXED,
+    "token": Decay.TOKEN,
+    "channel": Decay.CHANNEL,
+    "bidirectional": Decay.NONE,
+}
 LENGTHS, HEADS = (1 << 16, 1 << 11), 16  # of both buckets of B * H * T
 
 
@@ -46,11 +56,12 @@ class Launch:
 
     Attributes:
         kernel: module and name of the function.
-        name: of the kernel, or what it makes where roles are exchanged; ``safe`` for strong decays per channel, ``rev``
-            for the backward's sweep, ``fresh`` where no state enters or leaves.
+        name: the kernel's, or for :mod:`lasp.kernels.triton_linear.output` what it makes. ``safe`` marks the kernels
+            for strong decays per channel, ``rev`` the backward's sweep, ``fresh`` launches where no state enters or
+            leaves.
         signature: type of each argument.
         constants: arguments known when compiled.
-        aligned: arguments divisible by 16.
+        aligned: positions of the arguments that are divisible by 16.
         options: warps and stages.
     """
 
@@ -75,7 +86,7 @@ class Usage:
 def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS) -> list[Launch]:
     """The distinct launches of a forward and a backward in bf16.
 
-    With entry states and exit gradients, and for the first length also without them.
+    They are made with entry states and exit gradients, and for the first length also without them.
     """
     from lasp.kernels.triton_linear import operator as lightning
 
@@ -85,8 +96,8 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
         def _arch(self):
             return arch
 
-        def _launch(self, kernel, programs, *args, **options):
-            found[describe(kernel, args, options)] = None
+        def _launch(self, kernel, programs, **arguments):
+            found[describe(kernel, arguments)] = None
 
     class Forward(Recorder, lightning.Forward):
         pass
@@ -100,8 +111,8 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
             continue
         with torch.device("meta"):
             q, k, v, do = (torch.empty(1, length, HEADS, dim, dtype=torch.bfloat16) for _ in range(4))
-            shapes = {"token": (1, length, HEADS), "channel": (1, length, HEADS, dim)}
-            g = None if case in ("none", "bidirectional") else torch.empty(shapes.get(case, (HEADS,)))
+            shape = CASES[case].gate_shape(1, length, HEADS, dim)
+            g = None if shape is None else torch.empty(shape)
             state = torch.empty(1, 1, HEADS, dim, dim)
         inputs = q, k, v, g, SegmentTable([(0, length)], torch.device("meta")), causal, 0.125
         forward = Forward(*inputs)
@@ -114,14 +125,13 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
     return list(found)
 
 
-def describe(kernel, args: tuple, options: dict) -> Launch:
-    """What the just-in-time compiler would specialise this launch on."""
-    launch_options = {n: options[n] for n in ("num_warps", "num_stages") if n in options}
-    bound = dict(zip(kernel.arg_names, args)) | {n: x for n, x in options.items() if n not in launch_options}
+def describe(kernel, arguments: dict) -> Launch:
+    """What the just-in-time compiler would specialise this launch on: the kernel's arguments and launch options."""
+    launch_options = {n: arguments[n] for n in ("num_warps", "num_stages") if n in arguments}
     fixed = {p.name for p in kernel.params if p.do_not_specialize}
     signature, constants, aligned = [], [], []
     for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, bound[parameter.name]
+        name, value = parameter.name, arguments[parameter.name]
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and name not in fixed):
             signature.append((name, "constexpr"))
             constants.append((name, value))
@@ -132,9 +142,9 @@ def describe(kernel, args: tuple, options: dict) -> Launch:
             signature.append((name, "fp32" if isinstance(value, float) else "i32"))
             if isinstance(value, int) and value % 16 == 0 and name not in fixed:
                 aligned.append(i)
-    name = {"mix": "dq" if bound.get("SWAP") else "o", "mix_grads": "dkdv"}.get(kernel.__name__, kernel.__name__)
-    name += " safe" * bool(bound.get("SAFE")) + " rev" * bool(bound.get("REV") and name.endswith("states"))
-    name += " fresh" * (bound.get("ENTERED") is False or bound.get("LEFT") is False)
+    name = {"mix": "dq" if arguments.get("SWAP") else "o", "mix_grads": "dkdv"}.get(kernel.__name__, kernel.__name__)
+    name += " safe" * bool(arguments.get("SAFE")) + " rev" * bool(arguments.get("REV") and name.endswith("states"))
+    name += " fresh" * (arguments.get("ENTERED") is False or arguments.get("LEFT") is False)
     parts = signature, constants, aligned, launch_options.items()
     return Launch(f"{kernel.fn.__module__}:{kernel.__name__}", name, *map(tuple, parts))
 
@@ -175,7 +185,7 @@ def faults(launch: Launch, usage: Usage, arch: int) -> list[str]:
 
 
 def selection(archs: list[int], cases: list[str], everything: bool) -> Iterator[tuple[int, int, str, Launch]]:
-    """(arch, D, case, launch): every tile, or those of sm_90 at D = 128 and of the rest one for each kernel."""
+    """(arch, D, case, launch) of every tile; or of those of sm_90 at D = 128, and elsewhere of one for each kernel."""
     for arch in archs:
         seen: set[str] = set()
         few = not everything and arch != 90
@@ -188,9 +198,9 @@ def selection(archs: list[int], cases: list[str], everything: bool) -> Iterator[
 
 
 def fingerprint() -> str:
-    """Hash of all that decides the rows of every tile: kernels, launches, budgets and triton, wherever the files lie.
+    """A hash of all that decides the rows of every tile: kernels, launches, budgets and triton's version.
 
-    A kernel's text counts without its imports, so that a file may move.
+    A kernel's text counts without its imports, so the hash stays when a file moves.
     """
     import triton
 
@@ -266,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     archs, cases = options.arch.split(","), options.cases.split(",")
     if not set(archs) <= set(map(str, ARCHITECTURES)) or not set(cases) <= set(CASES):
-        parser.error(f"--arch takes {ARCHITECTURES}, --cases {CASES}; got {options.arch} and {options.cases}")
+        parser.error(f"--arch takes {ARCHITECTURES}, --cases {tuple(CASES)}; got {options.arch} and {options.cases}")
     import triton
 
     chosen = list(selection([int(x) for x in archs], cases, options.all))

@@ -3,9 +3,9 @@
     LASP_AUTOTUNE=1 [LASP_TILES=FILE] python train.py                      entries as they are first needed
     LASP_AUTOTUNE=1 LASP_TILES=FILE python -m lasp.kernels.autotune --dims 128    chosen entries at once
 
-Entries that FILE has are not measured again; those of the shipped table are, once per process. An entry takes minutes:
-each kernel is compiled and timed with every tile that may serve it. That waits for the device, so tune before a CUDA
-graph is captured and before many ranks would tune side by side.
+Entries that FILE has are not measured again. Those of the shipped table are, once per process. An entry takes minutes,
+because each kernel is compiled and timed with every tile that may serve it. Timing waits for the device. So tune before
+a CUDA graph is captured, and before many ranks would tune side by side.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import product
 
 import torch
 
+from lasp.kernels.triton_linear.decays import Decay
 from lasp.kernels.triton_linear.operator import Backward, Forward
 from lasp.kernels.triton_linear.tiles import DECAYS, DIMS, KERNELS, entry, tile_table
 from lasp.kernels.triton_linear.tuning import HEADS, LENGTHS, tune_once
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability(device)
     for dim, decay, length in product(map(int, dims), decays, LENGTHS.values()):
-        kind, dtype = DECAYS.index(decay), getattr(torch, options.dtype)
+        kind, dtype = Decay[decay.upper()], getattr(torch, options.dtype)
         asked = entry(10 * major + minor, dtype, dim, dim, kind, HEADS * length)
         before = tile_table().tiles(asked)
         tune_once(asked, device, (Forward, Backward))

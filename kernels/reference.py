@@ -32,7 +32,7 @@ def recurrence(
     scale: float | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Linear attention, one token at a time.
+    """Compute linear attention one token at a time.
 
     Args:
         q, k: [B, T, Hq, K] and [B, T, Hk, K]; each head count divides the largest one, H.

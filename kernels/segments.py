@@ -1,10 +1,10 @@
-"""Host tables that cut a rank's segments into chunks and chunks into tiles.
+"""Tables that cut a rank's segments into chunks, and group chunks into tiles. The host makes them.
 
 A *segment* is a run of local tokens that belongs to one document. A *chunk* is at most ``chunk_size`` consecutive
-tokens of one segment: chunks never straddle a document border, so no decay has to express one. A *tile* is a group of
-consecutive chunks that the PyTorch path handles at once; its size bounds the temporary memory.
+tokens of one segment. No chunk crosses a document border, so no decay has to express one. A *tile* is a group of
+consecutive chunks that the PyTorch operator handles at once; the size of a tile bounds the temporary memory.
 
-Inside a tile with n chunks, *position* p in 0..n names the state between chunk p - 1 and chunk p.
+A tile with n chunks has the *positions* 0..n: the state at position p is the one between chunk p - 1 and chunk p.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Bounds = Sequence[tuple[int, int]]  # (start, stop) of each segment
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A table of the host on ``device``, without waiting for it."""
-    with torch.inference_mode(False):  # a copy of its own, that may be used and changed after inference
+    """Copy a table of the host to ``device``, without waiting for the device."""
+    with torch.inference_mode(False):  # so that the copy may be used and changed after inference mode as well
         if device.type == "cuda":
             return x.pin_memory().to(device, non_blocking=True)
         return x.to(device) if device.type != "cpu" else x.clone()
@@ -32,22 +32,26 @@ class TileShape:
 
     Args:
         lengths: tokens of each of the n chunks.
-        ids: segment of each chunk, counted from the first chunk's.
-        enters, leaves: whether the first chunk's segment began in an earlier tile, the last one's ends in a later.
+        ids: segment of each chunk; the first chunk's segment is 0.
+        enters: whether the first chunk's segment begins in an earlier tile.
+        leaves: whether the last chunk's segment ends in a later tile.
         size: tokens per full chunk, C.
         device: where the tensors live.
 
     Attributes:
-        gather: token index, from the tile's start, of each padded slot, int64 [n * C]; None when all chunks are full.
-        padding: whether a slot holds no token, bool [n * C, 1, 1]; None when all chunks are full.
-        scatter: padded slot of each token, int64 [tokens]; None when all chunks are full.
-        counts: tokens of a chunk up to and including each slot, float64 [n, C], or [1, C] when all are full.
+        gather: the token that each slot of the n * C padded slots holds, counted from the tile's start, int64 [n * C].
+        padding: whether a slot holds no token, bool [n * C, 1, 1].
+        scatter: the slot that holds each token, int64 [tokens].
+        counts: how many tokens of its chunk lie at or before each slot, float64 [n, C]; [1, C] when all are full.
         segments: ``ids`` as a tensor, int64 [n].
-        joined: per position 1..n - 1, whether one segment runs through it.
-        begins, ends: positions where a segment begun / ended in this tile begins / ends, int64.
+        joined: for each of the positions 1..n - 1, whether one segment runs through it.
+        begins: the positions where segments begin, without those that enter from an earlier tile, int64.
+        ends: the positions where segments end, without those that leave for a later tile, int64.
         borders: the positions of both, each once.
-        anchors: which of ``ends`` the segment of each chunk has, one past the last if none, int64 [n].
+        anchors: for each chunk, the index in ``ends`` of its segment's end; ``len(ends)`` if it has none; int64 [n].
         later: 1 where chunk j lies after chunk i in the same segment, float32 [n (i), n (j)].
+
+    ``gather``, ``padding`` and ``scatter`` are None when all chunks are full.
     """
 
     def __init__(
@@ -91,9 +95,9 @@ class Tile:
 
     Attributes:
         start, stop: local token range.
-        chunks: its chunks among those of the rank.
-        first, last: segment of the first and of the last chunk.
-        begun, ended: half-open ranges of the segments that begin / end in this tile.
+        chunks: which of the rank's chunks it holds.
+        first, last: segments of its first and of its last chunk.
+        begun, ended: half-open ranges of the segments that begin in this tile, and of those that end in it.
         shape: what it shares with tiles of the same shape.
     """
 
@@ -108,11 +112,11 @@ class Tile:
 
 
 class Borders(NamedTuple):
-    """Borders of segments in a :class:`SegmentTable`.
+    """Where segments begin and end among the borders of a :class:`SegmentTable`.
 
     Attributes:
-        begins, ends: border where each segment begins and ends, int64 [segments].
-        chunk_begins, chunk_ends: the same of each chunk's segment, int64 [N].
+        begins, ends: the border where each segment begins, and where it ends, int64 [segments].
+        chunk_begins, chunk_ends: the same for the segment of each chunk, int64 [N].
     """
 
     begins: torch.Tensor
@@ -122,7 +126,7 @@ class Borders(NamedTuple):
 
 
 def default_chunk_size(tokens: int, segments: int) -> int:
-    """Tokens per chunk where so many tokens are cut into so many segments: up to 64, smaller where they are short."""
+    """Tokens per chunk for so many tokens in so many segments: 64, or less where segments are short on average."""
     return next(size for size in (16, 32, 64) if size >= tokens / segments or size == 64)
 
 
@@ -130,14 +134,15 @@ class SegmentTable:
     """Chunks and tiles of one rank's segments on one device.
 
     Args:
-        bounds: ``(start, stop)`` of each segment in local tokens: consecutive, none empty.
+        bounds: ``(start, stop)`` of each segment in local tokens; each starts where the last one stops, none is empty.
         device: where the tables live.
         chunk_size: tokens per chunk, a power of two. None: :func:`default_chunk_size`.
-        replaceable: whether tables leave room for every layout of as many segments: see :meth:`replace`.
+        replaceable: whether the tables have room for any layout with the same numbers of segments and tokens: see
+            :meth:`replace`.
 
     Attributes:
         num_chunks: N. Border b in 0..N lies between chunk b - 1 and chunk b.
-        kept: tables that operators derive from this one, made once.
+        kept: tables that operators derive from this one, so that each is made once.
     """
 
     def __init__(
@@ -159,20 +164,20 @@ class SegmentTable:
 
     @cached_property
     def borders(self) -> Borders:
-        """Where segments begin and end; made when it is first asked for, as the Triton kernels never do."""
+        """Where segments begin and end. The Triton kernels never ask, so it is made when it is first asked for."""
         begins = [i for i, (s, start, _) in enumerate(self._chunks) if start == self.bounds[s][0]]
         segments = torch.tensor([begins, [*begins[1:], self.num_chunks]])
         chunks = segments[:, [s for s, _, _ in self._chunks]]
         return Borders(*(to_device(x, self.device) for x in (*segments, *chunks)))
 
     def replace(self, bounds: Bounds) -> None:
-        """Other segments, as many and of as many tokens, in the device memory that kernels have read before.
+        """Take other segments, as many and with as many tokens in all, into the device memory that kernels read.
 
-        So a captured CUDA graph of the Triton kernels computes with the new layout when it is replayed.
+        When a captured CUDA graph of the Triton kernels is replayed, it then computes with the new layout.
 
         Raises:
-            ValueError: the table is not ``replaceable``; the numbers of segments or tokens differ; operators whose
-                work depends on the layout on the host, as the PyTorch one, have used the table.
+            ValueError: the table is not ``replaceable``; the number of segments or of tokens differs; or an operator
+                that reads the layout on the host, such as the PyTorch one, has used the table.
         """
         have, want = (len(self.bounds), self.bounds[-1][1]), (len(bounds), bounds[-1][1])
         if not self.replaceable or have != want:
@@ -190,7 +195,7 @@ class SegmentTable:
         self.kept = kept
 
     def tiles(self, chunks_per_tile: int) -> tuple[Tile, ...]:
-        """Up to ``chunks_per_tile`` chunks each, in local order."""
+        """Tiles of up to ``chunks_per_tile`` chunks each, in local order."""
         if chunks_per_tile not in self._tiles:
             starts = range(0, self.num_chunks, chunks_per_tile)
             self._tiles[chunks_per_tile] = tuple(

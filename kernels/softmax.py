@@ -1,18 +1,24 @@
 """Softmax attention of one rank's query segments on the keys that each can see, forward and backward, in O(T) memory.
 
-A *piece* ``(q_start, q_stop, k_start, k_stop)`` lets queries [q_start, q_stop) read keys [k_start, k_stop). Causal
-pieces are aligned at the end: the last query reads the last key, so a piece is a segment with all earlier keys of its
-document before it. ``lse_i`` is the log of the sum of exponentials of row i. Two parts of a row's keys merge by it:
+A *piece* ``(q_start, q_stop, k_start, k_stop)`` lets queries [q_start, q_stop) read keys [k_start, k_stop). A causal
+piece is aligned at its end: the last query reads the last key. So a piece is a segment of queries, with the segment's
+own keys behind all earlier keys of its document.
+
+``lse_i`` is the log of the sum of exponentials of row i. With it, attention on two parts of a row's keys merges:
 
     lse = log(exp(lse_1) + exp(lse_2)),     o = o_1 exp(lse_1 - lse) + o_2 exp(lse_2 - lse)
 
-(FlashAttention, arXiv 2205.14135, section 3.1; Ring Attention, arXiv 2310.01889, section 3), and the backward of each
-part with the *merged* o and lse is that part's share of the gradient, because P_ij = exp(s_ij - lse_i) and
-D_i = sum(do_i * o_i) are values of the whole row:  dV = P^T dO,  dS = P * (dO V^T - D),  dQ = dS K,  dK = dS^T Q.
+(FlashAttention, arXiv 2205.14135, section 3.1; Ring Attention, arXiv 2310.01889, section 3). The gradient is a sum of
+one share per part. The backward of a part computes its share from the *merged* o and lse, because it needs only
+P_ij = exp(s_ij - lse_i) and D_i = sum(do_i * o_i) with lse and o of the whole row:
 
-Three implementations: ``flash_cpu`` (PyTorch's CPU op on a non-causal prefix and a causal square, merged as above),
-``flash_cuda`` (PyTorch's FlashAttention-2 op over many pieces in one call, 16-bit dtypes) and ``blocks`` (plain
-PyTorch with an online softmax: any device and dtype, windows, value dims of their own).
+    dV = P^T dO,  dS = P * (dO V^T - D),  dQ = dS K,  dK = dS^T Q.
+
+There are three implementations:
+
+    flash_cpu    PyTorch's CPU op, on a prefix without a causal mask and on a causal square, merged as above
+    flash_cuda   PyTorch's FlashAttention-2 op, over many pieces in one call; 16-bit dtypes
+    blocks       plain PyTorch with an online softmax: any device and dtype, windows, value dims other than the key's
 """
 
 from __future__ import annotations
@@ -48,9 +54,9 @@ def softmax_forward(
         q: [B, Tq, H, D].
         k, v: [B, Tk, Hkv, D] and [B, Tk, Hkv, Dv]; query head h reads kv head ``h // (H // Hkv)``.
         pieces: ``(q_start, q_stop, k_start, k_stop)``; together they cover each query once.
-        causal: the query at distance n from the end of its piece does not see the n newest keys of the piece.
-        window: see only the ``window`` newest of the visible keys (needs ``causal``).
-        scale: default ``D ** -0.5``.
+        causal: hide the n newest keys of a piece from the query that n queries of the piece follow.
+        window: how many keys a query sees at most: the newest of the visible ones (needs ``causal``).
+        scale: factor of the scores; default ``D ** -0.5``.
         impl: ``auto``, or one of ``blocks``, ``flash_cpu``, ``flash_cuda``.
         out_dtype: of ``o``; default q's.
 
@@ -88,7 +94,7 @@ def softmax_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for the arguments of :func:`softmax_forward`, from its ``o``, its ``lse`` and ``do`` [B, Tq, H, Dv].
 
-    ``o`` and ``lse`` may as well be those of more keys than ``k`` holds: the result is then these keys' share.
+    ``o`` and ``lse`` may also come from more keys than ``k`` holds. The result is then the share of the keys in ``k``.
 
     Returns:
         ``dq`` in ``out_dtype`` (default q's); ``dk`` and ``dv`` in fp32 (fp64 for fp64 inputs), zero for keys that no
@@ -105,12 +111,12 @@ def softmax_backward(
 
 
 def _dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The flash ops take the last dim to be dense and do not look."""
+    """The tensors with a dense last dim, which the flash ops need and do not check."""
     return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def _choose(impl: str, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> str:
-    """The implementation that serves; an explicit one that cannot is refused."""
+    """The implementation to use; an explicit ``impl`` that cannot serve these arguments is refused."""
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
     serves = {"blocks": True, "flash_cpu": _cpu_serves(q, v, window), "flash_cuda": _cuda_serves(q, v)}
@@ -134,7 +140,7 @@ def _cpu_serves(q: Tensor, v: Tensor, window: int | None) -> bool:
 
 
 def _cpu_parts(piece: Piece, causal: bool) -> list[tuple[int, int, bool]]:
-    """``(k_start, k_stop, is_causal)``: the op aligns causal masks at the start, so only squares are causal."""
+    """``(k_start, k_stop, is_causal)`` of each call; the op aligns causal masks at the start, so only squares are."""
     q_start, q_stop, k_start, k_stop = piece
     if not causal:
         return [(k_start, k_stop, False)]
@@ -144,7 +150,7 @@ def _cpu_parts(piece: Piece, causal: bool) -> list[tuple[int, int, bool]]:
 
 
 def _share(x: Tensor, start: int, stop: int, kv_heads: int, g: int) -> Tensor:
-    """Of x [B, T, H, D], tokens [start, stop) of the g-th query head of each kv head: view [B, Hkv, n, D]."""
+    """Tokens [start, stop) of x [B, T, H, D], of the g-th query head of each kv head: a view [B, Hkv, n, D]."""
     return x[:, start:stop].unflatten(2, (kv_heads, -1))[:, :, :, g].transpose(1, 2)
 
 
@@ -165,7 +171,7 @@ def _cpu_forward(q, k, v, o, lse, pieces, causal, window, scale):
 
 
 def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention on two disjoint sets of keys, o [B, H, T, Dv] and lse [B, H, T], as attention on both."""
+    """Attention on two sets of keys at once, from attention on each: o [B, H, T, Dv] and lse [B, H, T]."""
     lse = torch.logaddexp(lse1, lse2)
     return o1 * (lse1 - lse).exp().unsqueeze(-1) + o2 * (lse2 - lse).exp().unsqueeze(-1), lse
 
@@ -177,7 +183,7 @@ def _cpu_backward(do, q, k, v, o, lse, dq, dk, dv, pieces, causal, window, scale
         for g in range(q.shape[2] // kv_heads):
             do_g, q_g, o_g, dq_g = (_share(x, *piece[:2], kv_heads, g) for x in (do, q, o, dq))
             lse_g = lse[:, g :: q.shape[2] // kv_heads, piece[0] : piece[1]]
-            lse_g = lse_g.transpose(1, 2).contiguous().transpose(1, 2)  # the op's own strides
+            lse_g = lse_g.transpose(1, 2).contiguous().transpose(1, 2)  # with the strides that the op makes itself
             total = 0
             for start, stop, is_causal in _cpu_parts(piece, causal):
                 k_part, v_part = (x[:, start:stop].transpose(1, 2) for x in (k, v))
@@ -200,7 +206,7 @@ def _cuda_serves(q: Tensor, v: Tensor) -> bool:
 
 
 def _cuda_batches(pieces: Sequence[Piece], batch: int) -> Iterator[list[Piece]]:
-    """Runs of pieces whose queries and keys both lie one behind the other. Rows of B > 1 stay apart."""
+    """Runs of pieces to pack: the queries of a run adjoin, and so do its keys. With B > 1 a run is one piece."""
     run: list[Piece] = []
     for piece in pieces:
         if run and (batch > 1 or run[-1][1] != piece[0] or run[-1][3] != piece[2]):
@@ -212,7 +218,7 @@ def _cuda_batches(pieces: Sequence[Piece], batch: int) -> Iterator[list[Piece]]:
 
 
 def _cuda_borders(lengths: list[int], batch: int, device: torch.device) -> Tensor:
-    """Borders of the packed sequences, int32, made without stalling the device."""
+    """Borders of the packed sequences, int32, made without waiting for the device."""
     if len(lengths) == 1:
         return torch.arange(batch + 1, dtype=torch.int32, device=device) * lengths[0]
     borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -221,7 +227,7 @@ def _cuda_borders(lengths: list[int], batch: int, device: torch.device) -> Tenso
 
 
 def _cuda_setup(run: list[Piece], batch: int, device: torch.device) -> tuple[slice, slice, tuple]:
-    """Query range, key range, and the op's arguments (borders of queries and keys, longest of each)."""
+    """Range of queries, range of keys, and what the op wants to know: borders of both, and the longest of each."""
     queries, keys = [b - a for a, b, _, _ in run], [b - a for _, _, a, b in run]
     borders = _cuda_borders(queries, batch, device), _cuda_borders(keys, batch, device)
     packing = (*borders, max(queries), max(keys))
@@ -246,7 +252,7 @@ def _cuda_forward(q, k, v, o, lse, pieces, causal, window, scale):
 
 def _cuda_backward(do, q, k, v, o, lse, dq, dk, dv, pieces, causal, window, scale):
     batch = q.shape[0]
-    unused = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in ((2,), ()))  # the dropout's random state
+    unused = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in ((2,), ()))  # random state of the dropout
     no_dropout = tuple(unused)
     for run in _cuda_batches(pieces, batch):
         queries, keys, packing = _cuda_setup(run, batch, q.device)
@@ -268,9 +274,10 @@ def _cuda_backward(do, q, k, v, o, lse, dq, dk, dv, pieces, causal, window, scal
 
 
 def _block_size(q: Tensor, window: int | None) -> int:
-    """Rows and columns of a score block: at most 512, and at most 2**24 scores over all rows and heads.
+    """Rows and columns of a block of scores: at most 512, with at most 2**24 scores over B and H.
 
-    With a window half of it: of ``window + size`` keys that a block reads, each query sees ``window``.
+    With a window, at most half the window (but up to 128): a block reads ``window + size`` keys, of which each query
+    sees ``window``.
     """
     widest = 512 if window is None else min(512, max(128, window // 2))
     return max(16, min(widest, math.isqrt(2**24 // max(1, q.shape[0] * q.shape[2]))))
@@ -279,9 +286,9 @@ def _block_size(q: Tensor, window: int | None) -> int:
 def _block_pairs(
     piece: Piece, size: int, causal: bool, window: int | None, device: torch.device
 ) -> Iterator[tuple[slice, list[tuple[slice, Tensor | None]]]]:
-    """Query blocks, each with the key blocks that it can see and their masks (None where all is visible)."""
+    """Blocks of queries, each with the blocks of keys that it sees and their masks; None where all is visible."""
     q_start, q_stop, k_start, k_stop = piece
-    shift = k_stop - q_stop  # query i is at the key i + shift
+    shift = k_stop - q_stop  # query i belongs to the token of key i + shift
     for i in range(q_start, q_stop, size):
         i_stop = min(i + size, q_stop)
         first = k_start if window is None else max(k_start, i + shift - window + 1)
@@ -289,19 +296,19 @@ def _block_pairs(
         keys = []
         for j in range(first, last, size):
             j_stop = min(j + size, last)
-            beyond = causal and j_stop - 1 > i + shift  # the first query does not see the last key
-            too_old = window is not None and j <= i_stop - 1 + shift - window  # nor the last query the first key
+            beyond = causal and j_stop - 1 > i + shift  # the first query does not see the last key yet
+            too_old = window is not None and j <= i_stop - 1 + shift - window  # the last no longer sees the first key
             mask = None
             if beyond or too_old:
                 behind = torch.arange(i + shift, i_stop + shift, device=device)[:, None]
-                behind = behind - torch.arange(j, j_stop, device=device)  # [n, m], age of the key
+                behind = behind - torch.arange(j, j_stop, device=device)  # age of the key, [n, m]
                 mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             keys.append((slice(j, j_stop), mask))
         yield slice(i, i_stop), keys
 
 
 def _rows(x: Tensor, rows: slice, kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """Tokens ``rows`` of x [B, T, H, D] with the query heads of a kv head together: [B, Hkv, G, n, D]."""
+    """Tokens ``rows`` of x [B, T, H, D], with its G query heads beside each kv head: [B, Hkv, G, n, D]."""
     return x[:, rows].to(dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
 
 
@@ -328,7 +335,7 @@ def _blocks_forward(q, k, v, o, lse, pieces, causal, window, scale):
             for columns, mask in keys:
                 scores = _scores(q_block, _columns(k, columns, dtype), mask)
                 new_top = torch.maximum(top, scores.amax(-1))
-                finite = new_top.masked_fill(new_top == float("-inf"), 0.0)  # rows that saw no key yet
+                finite = new_top.masked_fill(new_top == float("-inf"), 0.0)  # 0 in rows that saw no key yet
                 p = scores.sub_(finite.unsqueeze(-1)).exp_()
                 keep = (top - finite).exp()
                 total = total * keep + p.sum(-1)

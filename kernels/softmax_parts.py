@@ -1,9 +1,11 @@
 """Softmax attention whose keys come one part after another: what each part adds, forward and backward.
 
-Queries keep ``o`` and ``lse`` in fp32 (fp64 for fp64 inputs) over the keys that they have read; more keys merge by lse
-(:mod:`lasp.kernels.softmax` has the formulas). The backward of a part, with the o and lse of *all* keys, is that
-part's share, so shares add up in any order. Pieces here are whole rectangles: every query of one reads every key of
-it. They may share queries and keys, and leave out others.
+``o`` and ``lse``, in fp32 (fp64 for fp64 inputs), are those of the keys that a query has read so far. When it reads
+more keys, the two results merge by lse; :mod:`lasp.kernels.softmax` has the formulas. The backward of a part takes the
+o and lse of *all* keys and gives the part's share of the gradient, so the shares add up in any order.
+
+The pieces here are rectangles: every query of a piece reads every key of it. Pieces may share queries and keys, and
+need not cover all.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ def add_keys(
     scale: float | None = None,
     impl: str = "auto",
 ) -> None:
-    """Let queries read more keys, which they have not read before: changes ``o`` and ``lse``.
+    """Let queries read keys that they have not read before. ``o`` and ``lse`` change in place.
 
     Args:
-        o: [B, Tq, H, Dv] in fp32 (fp64), of the keys so far.
-        lse: [B, H, Tq], likewise; finite where a piece has queries.
+        o: [B, Tq, H, Dv] in fp32 (fp64): the result of the keys so far.
+        lse: [B, H, Tq] in fp32 (fp64), of the keys so far; finite where a piece has queries.
         q, k, v, scale, impl: see :func:`~lasp.kernels.softmax.softmax_forward`.
         pieces: ``(q_start, q_stop, k_start, k_stop)``; all of the queries read all of the keys.
     """
@@ -58,11 +60,11 @@ def add_gradients(
     scale: float | None = None,
     impl: str = "auto",
 ) -> None:
-    """Add the pieces' shares to ``dq``, ``dk`` and ``dv``, tensors like q, k and v in fp32 (fp64).
+    """Add the pieces' shares of the gradient to ``dq``, ``dk`` and ``dv``.
 
     Args:
-        dq, dk, dv: the sums.
-        do, o: [B, Tq, H, Dv], the gradient, and the result of all keys, in q's dtype.
+        dq, dk, dv: the sums, shaped like q, k and v, in fp32 (fp64).
+        do, o: [B, Tq, H, Dv] in q's dtype: the gradient of the result of all keys, and that result.
         lse: [B, H, Tq] of all keys.
         q, k, v, pieces, scale, impl: see :func:`add_keys`.
     """
@@ -77,6 +79,6 @@ def add_gradients(
 
 
 def _ranges(piece: Piece) -> tuple[slice, slice, list[Piece]]:
-    """Rows, columns, and the piece as one of just these."""
+    """The piece's queries, its keys, and the piece that covers just these."""
     q_start, q_stop, k_start, k_stop = piece
     return slice(q_start, q_stop), slice(k_start, k_stop), [(0, q_stop - q_start, 0, k_stop - k_start)]

@@ -8,9 +8,9 @@ A map is a transition ``A`` and a state ``b`` [..., H, K, V]. The transition has
     dense      A = matrix               matrix    [..., H, K, K]
 
 Maps compose, ``(A2, b2) o (A1, b1) = (A2 A1, A2 b1 + b2)``, and the composition is associative (LASP-2, arXiv
-2502.07563, section 3.2; the parallel form of a linear recurrence, Blelloch 1990, section 1.4). Log-decays are
-added, so no product of decays is ever formed by multiplying. Everything here runs in the dtype of the states
-(fp32, or fp64) with IEEE matrix products, whatever TF32 or autocast setting the caller has.
+2502.07563, section 3.2; the parallel form of a linear recurrence, Blelloch 1990, section 1.4). Decays multiply by
+adding their logarithms, so nothing here multiplies decays. Everything runs in the dtype of the states (fp32, or fp64)
+with IEEE matrix products, whatever TF32 or autocast setting the caller has.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def ieee():
-    """Full-precision matrix products inside: the caller's autocast and TF32 / bf16 matmul settings do not apply."""
-    # Only these switches: torch refuses to read its older global one once a caller has used the newer ones.
+    """Matrix products inside have full precision; the caller's autocast and TF32 / bf16 settings do not reach them."""
+    # Torch refuses to read its older, global switch once a caller has used these newer ones, so only these are used.
     switches = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [switch.fp32_precision for switch in switches]
     try:
@@ -40,7 +40,7 @@ def ieee():
 
 
 def in_ieee(fn):
-    """Decorator form of :func:`ieee`."""
+    """Let a function run inside :func:`ieee`."""
 
     @functools.wraps(fn)
     def wrapper(*args, **kwargs):
@@ -103,7 +103,7 @@ def apply(map_: StateMap, state: Tensor) -> Tensor:
 
 
 def compose(later: StateMap, earlier: StateMap) -> StateMap:
-    """The map of the run ``earlier`` followed by the run ``later`` (same kind, or identity with any)."""
+    """The map of the run ``earlier`` followed by the run ``later``: both of one kind, or one of them the identity."""
     state = apply(later, earlier.state)
     if later.matrix is not None or earlier.matrix is not None:
         with ieee():
@@ -117,11 +117,11 @@ def compose(later: StateMap, earlier: StateMap) -> StateMap:
 def fold(maps: StateMap, initial: Tensor | None = None) -> Tensor:
     """The state after ``n`` maps, stacked along dim 0 in the order of the tokens.
 
-    ``S = sum_i (prod_{m > i} A_m) b_i + (prod_m A_m) initial``. For the identity, scalar and diagonal kinds the
-    products are exponentials of suffix sums of log-decays, every exponent <= 0; dense maps are folded one by one.
+    ``S = sum_i (prod_{m > i} A_m) b_i + (prod_m A_m) initial``. Of scalar and diagonal maps the products are
+    exponentials of suffix sums of log-decays, and every exponent is <= 0. Dense maps are applied one after the other.
 
     Args:
-        maps: ``state`` [n, ..., H, K, V], n >= 0; the transition stacked alike.
+        maps: ``state`` [n, ..., H, K, V], n >= 0; the transition is stacked in the same way.
         initial: the state before the first map [..., H, K, V], or None for zero.
 
     Returns:
@@ -143,7 +143,7 @@ def fold(maps: StateMap, initial: Tensor | None = None) -> Tensor:
 
 
 def suffix_sum(x: Tensor, dim: int, inclusive: bool = True) -> Tensor:
-    """``y_i = sum_{j >= i} x_j`` (or ``j > i``), summed directly: never as a difference of two prefix sums."""
+    """``y_i = sum_{j >= i} x_j``, or over j > i; each is summed directly, never as a difference of prefix sums."""
     reverse = x.flip(dim)
     if not inclusive:
         reverse = reverse.roll(1, dim)

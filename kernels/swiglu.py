@@ -2,11 +2,11 @@
 
     y = (silu(x W_gate^T) * (x W_up^T)) W_down^T
 
-What a token's row gives depends on no other row, so the layer may run over a tile of tokens at a time: the hidden
-activations [tile, hidden] exist for one tile and are gone. The backward walks over the tiles again, makes each tile's
-hidden activations a second time and adds up the gradients of the weights in fp32 (fp64 for fp64). Kept from the forward
-are x and the weights, instead of four tensors [tokens, hidden]; the price is two of the eleven products more. This is
-the tiled MLP of ALST (arXiv 2506.13996), as one autograd function.
+No token's result depends on another token, so the layer may run over one tile of tokens at a time: only one tile's
+hidden activations [tile, hidden] exist at once. The backward visits the tiles again, makes each tile's hidden
+activations a second time, and sums the gradients of the weights in fp32 (fp64 for fp64). The forward keeps x and the
+weights, instead of four tensors [tokens, hidden]. In return two of its three products are done twice: eleven in all
+instead of nine. This is the tiled MLP of ALST (arXiv 2506.13996), as one autograd function.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class _TiledSwiGLU(torch.autograd.Function):
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> None:
-    """``total += a^T b``, where there is a total, with sums in its dtype."""
+    """``total += a^T b`` with sums in the dtype of ``total``; nothing if that is None."""
     if total is None:
         return
-    if a.is_cuda and a.dtype == torch.bfloat16:  # multiplied as it is, without a rounding in between
+    if a.is_cuda and a.dtype == torch.bfloat16:  # with out_dtype nothing rounds the product to bf16
         total += torch.mm(a.T, b, out_dtype=total.dtype)
     else:
         total.addmm_(a.T.to(total.dtype), b.to(total.dtype))

@@ -2,13 +2,14 @@
 
     A_ij = sum_c q_i[c] k_j[c] exp(G_i[c] - G_j[c]),  j <= i,  G the inclusive cumulative log-decay of the chunk.
 
-The factor is not a product of a row and a column that both stay finite, so the chunk is halved again and again: for
-i in the second half and j in the first, with r the last token of the first half,
+No factor of the row times a factor of the column gives this factor with both finite, so the chunk is halved again and
+again. For i in the second half and j in the first, with r the last token of the first half,
 
     exp(G_i - G_j) = exp(G_i - G_r) * exp(G_r - G_j),  both exponents <= 0,
 
-which is a matrix product per half. Blocks of ``BASE`` tokens are done row by row. No exponent is ever positive, so
-nothing overflows at any decay (the secondary chunking of GLA, arXiv 2312.06635, section 4.3, carried through).
+so each halving costs one matrix product. Blocks of ``BASE`` tokens are computed row by row. No exponent is ever
+positive, so nothing overflows at any decay. This is the secondary chunking of GLA (arXiv 2312.06635, section 4.3),
+repeated down to ``BASE``.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def scores_and_grads(q: Tensor, k: Tensor, log_decay: Tensor, grad: Tensor) -> t
 
 
 def _halves(size: int):
-    """Half sizes from C / 2 down to BASE, with the row and column slices of the off-diagonal half block."""
+    """Half sizes from C / 2 down to BASE, each with the slices of its rows (second half) and columns (first half)."""
     half = size // 2
     while half >= BASE:
         yield half, slice(half, None), slice(None, half)

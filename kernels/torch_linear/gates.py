@@ -1,7 +1,7 @@
 """Decays inside one tile: factors within its chunks, and states that run through them.
 
-Prefix sums of log-decays are kept in float64, because their differences are what is exponentiated; every exponent
-that is used is <= 0. Tensors inside a tile are [n, B, H, C, D]: n chunks of C tokens.
+Decays are exponentials of differences of prefix sums, so the prefix sums are float64. Every exponent that is used is
+<= 0. Tensors inside a tile are [n, B, H, C, D]: n chunks of C tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lasp.kernels.segments import Tile
 
-_LOWEST_LOG_DECAY = -1000.0  # exp of it is 0 in every dtype; keeps -inf (a full reset) out of differences
+_LOWEST_LOG_DECAY = -1000.0  # its exp is 0 in every dtype, and it keeps -inf (a full reset) out of differences
 _BLOCK = 16  # tokens of a chunk whose decays among themselves are exponentiated one by one
 
 
@@ -28,8 +28,8 @@ class Gates:
         dtype: of the factors.
 
     Attributes:
-        log_decay: G, inclusive cumulative log-decay of each chunk, float64 [n', b, H, C, a] with b in (1, B), n' in
-            (1, n) and a in (1, K); None without a gate.
+        log_decay: G, the inclusive cumulative log-decay of each chunk, float64 [n', b, H, C, a]; None without a gate.
+            n' is n or 1, b is B or 1, a is K or 1: 1 where all chunks, rows or channels decay alike.
     """
 
     def __init__(self, g: Tensor | None, tile: Tile, num_heads: int, dtype: torch.dtype):
@@ -75,8 +75,8 @@ class Gates:
     def _between(self) -> Tensor:
         """exp(G_i - G_j) for j <= i, else 0: [n', b, H, C, C].
 
-        Products cost less than exponentials: with r the first token of i's block and j before it, the factor is
-        exp(G_i - G_r) exp(G_r - G_j), both exponents <= 0; only within a block each pair has an exponential.
+        Products cost less than exponentials. For j before i's block, with r the first token of that block, the factor
+        is exp(G_i - G_r) exp(G_r - G_j), both exponents <= 0. Only pairs within a block have an exponential each.
         """
         size = min(_BLOCK, self.log_decay.shape[-2])
         rows, columns = self.log_decay.unflatten(-2, (-1, size)), self.log_decay.transpose(-1, -2).unsqueeze(-3)
@@ -95,7 +95,7 @@ class Gates:
         return x if self.log_decay is None else x * self._end
 
     def mask(self, *scores: Tensor) -> None:
-        """Multiply ``scores`` [..., C, C] in place by exp(G_i - G_j) for j <= i, 0 above the diagonal (a = 1 only)."""
+        """Multiply ``scores`` [..., C, C] in place by exp(G_i - G_j), by 0 where j > i. Only for a = 1."""
         between = None if self.log_decay is None else self._between()
         for x in scores:
             x.tril_() if between is None else x.mul_(between)
@@ -109,9 +109,10 @@ class Gates:
         return add_product(x, a, b) if self.log_decay is None else x.addcmul_(a @ b, self._end)
 
     def run(self, states: Tensor) -> None:
-        """Let states [n + 1, B, H, K, V] at the tile's positions run through its chunks, in place.
+        """Add to each state what the earlier ones carry into it, in place, for states [n + 1, B, H, K, V].
 
-        Position p + 1 holds what chunk p adds, position 0 what is carried in; nothing crosses a border of segments.
+        Before, position p + 1 holds what chunk p adds, and position 0 what earlier tiles carry in. Nothing crosses a
+        border of segments.
         """
         rows, joined = states.unbind(0), (self.tile.shape.enters, *self.tile.shape.joined)
         through = None if self.log_decay is None else self._through.unbind(0)
@@ -120,7 +121,7 @@ class Gates:
                 self._add_decayed(rows[p + 1], rows[p], through, p)
 
     def run_back(self, grads: Tensor) -> None:
-        """The same for gradients of states: position p holds what chunk p adds, position n what is carried in."""
+        """The same for gradients of states, from the back: before, position p holds what chunk p adds, n the carry."""
         rows, joined = grads.unbind(0), (*self.tile.shape.joined, self.tile.shape.leaves)
         through = None if self.log_decay is None else self._through.unbind(0)
         for p in reversed(range(len(joined))):
@@ -135,9 +136,9 @@ class Gates:
 
 
 def decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp of float64 ``log_decay`` in the dtype of the states; of a positive one, which nothing uses, 1.
+    """exp of float64 ``log_decay`` in ``dtype``; 1 where it is positive, which nothing uses.
 
-    Results that are no normal number are 0, and never computed: they take processors ten times as long.
+    It is 0 where exp would be a subnormal number. Those are never computed: they take processors ten times as long.
     """
     tiny = torch.finfo(dtype).tiny
     exp = log_decay.to(dtype, copy=True).clamp_(math.log(2 * tiny), 0.0).exp_()

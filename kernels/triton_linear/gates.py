@@ -1,17 +1,21 @@
 """Decays in the Triton kernels: preparation from ``g``, sums over superchunks, and the factors of one chunk.
 
-All decays are kept as base-2 logarithms and every exponent that is used is <= 0. Sums run within chunks of C tokens:
+All decays are kept as base-2 logarithms, and every exponent that is used is <= 0. The sums run within a chunk of C
+tokens:
 
     begin_i = g_first + ... + g_i        end_i = g_{i+1} + ... + g_last        span_ij = g_{j+1} + ... + g_i, j <= i
 
-DECAY is 0 (none), 1 (fixed per head: the sums are products, nothing is stored), 2 (per token), 3 (per key channel).
+DECAY says which kind of decay a kernel is compiled for: one of NONE, FIXED, TOKEN and CHANNEL.
 
-Per token, ``fine`` [B, HG, T] holds begin. Differences of it lose digits where decays are strong, so for fp32 inputs
-(EXACT) the whole numbers are summed apart in ``coarse``: their differences are exact.
+FIXED: the sums are products of a head's slope and a number of tokens, so nothing is stored.
 
-Per channel, ``fine`` [B, T, HG, K] holds begin where every chunk of a superchunk decays little enough for one
-reference point per chunk, and the decays of single tokens in the superchunks that ``flags`` [B, HG, N] marks: those
-are for the SAFE kernels, which sum every span directly. The device decides; the host never asks.
+TOKEN: ``fine`` [B, HG, T] holds begin. Where decays are strong, differences of it lose digits. For fp32 inputs (EXACT)
+``coarse`` therefore holds sums of the decays rounded to whole numbers, whose differences are exact, and ``fine`` holds
+the sums of what is left.
+
+CHANNEL: ``fine`` [B, T, HG, K] holds begin where every chunk of a superchunk decays so little that one reference point
+serves a chunk. In the other superchunks, which ``flags`` [B, HG, N] marks, ``fine`` holds the decays of single tokens:
+the SAFE kernels sum every span of them directly. The device decides which kernel serves; the host never asks.
 """
 
 from __future__ import annotations
@@ -19,9 +23,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lasp.kernels.triton_linear.decays import Decay
+
+NONE, FIXED, TOKEN, CHANNEL = (tl.constexpr(int(kind)) for kind in Decay)
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-100.0)  # natural; exp of it is 0 in fp32, and a full reset (-inf) stays out of differences
-CHUNK_SAFE = 16
+LOWEST = tl.constexpr(-100.0)  # natural logarithm: its exp is 0 in fp32, and it keeps -inf (a reset) out of differences
+CHUNK_SAFE = 16  # C of the SAFE kernels
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -29,9 +36,9 @@ def token_gates(
     p_g, p_coarse, p_fine, p_total, p_illegal, p_pieces, T, N,
     HG: tl.constexpr, C: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """g [B, T, HG] -> coarse, fine [B, HG, T] and total [B, HG, N], all fp32 base 2. Grid [N * B * HG].
+    """Decays per token: g [B, T, HG] -> coarse, fine [B, HG, T] and total [B, HG, N], all fp32 base 2.
 
-    illegal int32 [B, HG, N]: how many of g are > 0.
+    illegal int32 [B, HG, N] counts the values of g that are > 0. Grid [N * B * HG].
     """
     i_n, i_bh = tl.program_id(0) % N, tl.program_id(0) // N
     start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
@@ -61,10 +68,10 @@ def channel_gates(
     p_g, p_fine, p_total, p_flags, p_illegal, p_pieces, T, N, limit,
     HG: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """g [B, T, HG, K] -> fine [B, T, HG, K], total [B, HG, N, K] fp32 base 2; flags, illegal int32 [B, HG, N].
+    """Decays per channel: g [B, T, HG, K] -> fine [B, T, HG, K] and total [B, HG, N, K], fp32 base 2.
 
-    A superchunk is flagged where a channel of a chunk decays by more than 2 ** ``limit``; illegal: how many of g are
-    > 0. Grid [N * B * HG].
+    flags int32 [B, HG, N] marks the superchunks where a channel decays by more than 2 ** ``limit`` within a chunk.
+    illegal int32 [B, HG, N] counts the values of g that are > 0. Grid [N * B * HG].
     """
     i_n, i_bh = tl.program_id(0) % N, tl.program_id(0) // N
     start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
@@ -100,9 +107,9 @@ def sum_gates(
     p_total, p_before, p_after, p_whole, p_segments, N, S, BHG,
     A: tl.constexpr, BA: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Decay of each superchunk's segment before it and after it [B, HG, N, A], and whole [S, B, HG, A].
+    """How much each segment decays: before and after each of its superchunks [B, HG, N, A], and whole [S, B, HG, A].
 
-    Sums of ``total`` [B, HG, N, A], each taken directly. Grid [S * B * HG].
+    Each is a sum of ``total`` [B, HG, N, A], never a difference of two sums. Grid [S * B * HG].
     """
     i_s, i_bh = tl.program_id(0) % S, tl.program_id(0) // S
     first, last = tl.load(p_segments + i_s), tl.load(p_segments + S + i_s)
@@ -132,7 +139,7 @@ def sum_gates(
 
 @triton.jit
 def floored(g):
-    """g, at least LOWEST; NaN stays."""
+    """g, raised to LOWEST where it is smaller; NaN stays NaN."""
     return tl.where(g < LOWEST, LOWEST, g)
 
 
@@ -140,20 +147,63 @@ def floored(g):
 def fixed_slope(p_g, i_hg, DECAY: tl.constexpr):
     """Base-2 log-decay per token of a head; 0 unless the decay is fixed."""
     slope = 0.0
-    if DECAY == 1:
+    if DECAY == FIXED:
         slope = floored(tl.load(p_g + i_hg).to(tl.float32)) * LOG2E
     return slope
 
 
 @triton.jit
-def row_decays(slope, p_coarse, p_fine, t, left, rows, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
-    """begin and end [C], total [] of the chunk at token t, for decays that all channels share.
+def flagged(p_flags, i_bh, i_n, N, H: tl.constexpr, HG: tl.constexpr):
+    """Whether superchunk i_n of head i_bh is for the SAFE kernels."""
+    return tl.load(p_flags + (i_bh // H * HG + i_bh % H // (H // HG)) * N + i_n) != 0
 
-    Rows behind the ``left`` tokens repeat the last one, so their exponents stay <= 0.
+
+@triton.jit
+def sums_at(
+    p_coarse, p_fine, i_b, i_hg, start, T,
+    HG: tl.constexpr, K: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """``coarse`` and ``fine`` of gate head i_hg, from token ``start`` on; as they came where nothing is stored."""
+    if DECAY == TOKEN:
+        p_fine += (i_b * HG + i_hg).to(tl.int64) * T + start
+        if EXACT:
+            p_coarse += (i_b * HG + i_hg).to(tl.int64) * T + start
+    if DECAY == CHANNEL:
+        p_fine += ((i_b * T + start).to(tl.int64) * HG + i_hg) * K
+    return p_coarse, p_fine
+
+
+@triton.jit
+def decay_over(
+    slope, tokens, p_sums, i_bhg, i_n, N, keys, there, K: tl.constexpr, DECAY: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """The factor by which a state [keys, values] decays over a run of tokens; SWAP: a state [values, keys].
+
+    A fixed decay needs the number of ``tokens``. The others read the logarithm at gate head i_bhg and superchunk i_n
+    of p_sums [B * HG, N, 1 or K], unless it is not ``there`` (None: it is): then nothing decays.
+    """
+    if DECAY == FIXED:
+        b_decay = tl.exp2(tokens.to(tl.float32) * slope)
+    elif DECAY == TOKEN:
+        p_sum = p_sums + i_bhg * N + i_n
+        b_decay = tl.exp2(tl.load(p_sum) if there is None else tl.load(p_sum, mask=there, other=0.0))
+    else:
+        p_sum = p_sums + (i_bhg * N + i_n).to(tl.int64) * K + keys
+        mask = keys < K if there is None else (keys < K) & there
+        b_decay = tl.exp2(tl.load(p_sum, mask=mask, other=0.0))
+        b_decay = b_decay[None, :] if SWAP else b_decay[:, None]
+    return b_decay
+
+
+@triton.jit
+def row_decays(slope, p_coarse, p_fine, t, left, rows, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
+    """begin and end [C], total [] of the chunk at token t, for decays that all channels share (FIXED, TOKEN).
+
+    Where fewer than C tokens are ``left``, the rows behind them repeat the last token, so that exponents stay <= 0.
     """
     last = tl.minimum(left, C) - 1
     row = tl.minimum(rows, last)
-    if DECAY == 1:
+    if DECAY == FIXED:
         b_begin = (row + 1).to(tl.float32) * slope
         b_end = (last - row).to(tl.float32) * slope
         total = (last + 1).to(tl.float32) * slope
@@ -170,8 +220,8 @@ def row_decays(slope, p_coarse, p_fine, t, left, rows, C: tl.constexpr, DECAY: t
 
 @triton.jit
 def row_spans(slope, p_coarse, p_fine, t, left, rows, C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr):
-    """span [C, C], row minus column; its negative above the diagonal is the span of the transpose."""
-    if DECAY == 1:
+    """span [C, C] from column to row (FIXED, TOKEN); above the diagonal, minus the span from row to column."""
+    if DECAY == FIXED:
         b_span = (rows[:, None] - rows[None, :]).to(tl.float32) * slope
     else:
         row = tl.minimum(rows, tl.minimum(left, C) - 1)
@@ -185,7 +235,7 @@ def row_spans(slope, p_coarse, p_fine, t, left, rows, C: tl.constexpr, DECAY: tl
 
 @triton.jit
 def channel_decays(p_fine, t, left, rows, cols, HG: tl.constexpr, K: tl.constexpr, C: tl.constexpr, SAFE: tl.constexpr):
-    """begin and end [C, BK], total [BK] of the chunk at token t, for decays of single channels."""
+    """begin and end [C, BK], total [BK] of the chunk at token t, for decays of single channels (CHANNEL)."""
     p_chunk = p_fine + t * (HG * K)
     in_key = (cols < K)[None, :]
     last = tl.minimum(left, C) - 1

@@ -26,15 +26,16 @@ from lasp.kernels.operator import num_heads
 from lasp.kernels.segments import SegmentTable
 from lasp.kernels.state import StateMap
 from lasp.kernels.triton_linear import tiles as triton_tiles
+from lasp.kernels.triton_linear.decays import Decay
+from lasp.kernels.triton_linear.gate_grads import gate_grads
 from lasp.kernels.triton_linear.gates import CHUNK_SAFE, channel_gates, sum_gates, token_gates
-from lasp.kernels.triton_linear.output import gate_grads, mix, mix_grads
+from lasp.kernels.triton_linear.output import mix, mix_grads
 from lasp.kernels.triton_linear.states import local_states, scan_states
 from lasp.kernels.triton_linear.superchunks import superchunks
 from lasp.kernels.triton_linear.tiles import Tile, power_of_two
 from lasp.kernels.triton_linear.tuning import tune_once
 
 _LN2 = 0.6931471805599453
-NONE, FIXED, TOKEN, CHANNEL = range(4)  # DECAY in the kernels
 _LEAST_SCALE = 1e-30  # gradients of states are divided by the scale
 _MOST_RUNS = 4  # of segments that no state enters: more launches would cost more than they hide
 # log2 of the largest decay of a chunk that one reference point serves: its factors stay finite, and in fp32 accurate
@@ -75,16 +76,16 @@ class _Lightning:
         self.g, self.causal, self.scale, self.dtype = g, causal, scale, torch.float32
         self.batch, self.length, _, self.key_dim = q.shape
         self.value_dim, self.num_heads = v.shape[-1], num_heads(q, k, v, g)
-        self.decay = NONE if g is None else {1: FIXED, 3: TOKEN, 4: CHANNEL}[g.dim()]
+        self.decay = Decay.of(g)
         self.gate_heads = 1 if g is None else num_heads(g)
         self.exact = q.dtype == torch.float32
         self.rows = self.batch * self.num_heads
         self.plan = self._plan()
         self.pieces = superchunks(table, self.plan.superchunk)
         self.coarse = self.fine = self.flags = self.before = self.after = self.total = None
-        if self.decay > FIXED:
+        if self.decay.per_token:
             self._prepare_gates(g.contiguous())
-        elif self.decay == FIXED:
+        elif self.decay == Decay.FIXED:
             self.g = g.contiguous()
 
     def _arch(self) -> int:
@@ -100,46 +101,50 @@ class _Lightning:
             tune_once(triton_tiles.entry(*call), self.q.device, (Forward, Backward))
         return triton_tiles.plan(*call)
 
-    def _launch(self, kernel, programs: int, *args, **options) -> None:
+    def _launch(self, kernel, programs: int, **arguments) -> None:
+        """Run ``programs`` programs of a kernel; ``arguments`` are the kernel's, by name, and launch options."""
         with torch.cuda.device_of(self.q):
-            kernel[(programs,)](*args, **options)
+            kernel[(programs,)](**arguments)
 
     def _prepare_gates(self, g: Tensor) -> None:
         heads, count, chunk = self.gate_heads, self.pieces.count, self.plan.chunk
         make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=g.device)  # noqa: E731
         programs = self.batch * heads * count
-        channels = self.key_dim if self.decay == CHANNEL else 1
+        channels = self.key_dim if self.decay == Decay.CHANNEL else 1
         self.total = make(self.batch, heads, count, channels)
         self.illegal = torch.empty((self.batch, heads, count), dtype=torch.int32, device=g.device)
-        tables = (self.pieces.pieces, self.length, count)
-        if self.decay == TOKEN:
+        if self.decay == Decay.TOKEN:
             self.fine = make(self.batch, heads, self.length)
             self.coarse = make(self.batch, heads, self.length) if self.exact else None
-            options = {"HG": heads, "C": chunk, "R": 16, "EXACT": self.exact, "num_warps": 4}
-            self._launch(token_gates, programs, g, self.coarse, self.fine, self.total, self.illegal, *tables, **options)
+            self._launch(
+                token_gates, programs, p_g=g, p_coarse=self.coarse, p_fine=self.fine, p_total=self.total,
+                p_illegal=self.illegal, p_pieces=self.pieces.pieces, T=self.length, N=count,
+                HG=heads, C=chunk, R=16, EXACT=self.exact, num_warps=4,
+            )  # fmt: skip
         else:
             self.fine = make(*g.shape)
             self.flags = torch.empty((self.batch, heads, count), dtype=torch.int32, device=g.device)
             block = power_of_two(channels)
             self._launch(
-                channel_gates, programs,
-                g, self.fine, self.total, self.flags, self.illegal, *tables, _CHUNK_DECAY[self.q.dtype],
-                HG=heads, K=channels, BK=block, C=chunk, num_warps=max(4, block // 16),
+                channel_gates, programs, p_g=g, p_fine=self.fine, p_total=self.total, p_flags=self.flags,
+                p_illegal=self.illegal, p_pieces=self.pieces.pieces, T=self.length, N=count,
+                limit=_CHUNK_DECAY[self.q.dtype], HG=heads, K=channels, BK=block, C=chunk,
+                num_warps=max(4, block // 16),
             )  # fmt: skip
         segments = self.pieces.num_segments
         self.before, self.after = make(*self.total.shape), make(*self.total.shape)
         self.whole = make(segments, self.batch, heads, channels)
         block = power_of_two(channels, 1)
         self._launch(
-            sum_gates, segments * self.batch * heads,
-            self.total, self.before, self.after, self.whole, self.pieces.segments, count, segments, self.batch * heads,
+            sum_gates, segments * self.batch * heads, p_total=self.total, p_before=self.before, p_after=self.after,
+            p_whole=self.whole, p_segments=self.pieces.segments, N=count, S=segments, BHG=self.batch * heads,
             A=channels, BA=block, R=max(16, 1024 // block) if block > 1 else 128, num_warps=4,
         )  # fmt: skip
 
     def _variants(self) -> tuple[tuple[int, bool], ...]:
         """(C, SAFE) of the launches that share the superchunks of decaying channels; one launch for all else."""
         plain = (self.plan.chunk, False)
-        return (plain, (CHUNK_SAFE, True)) if self.decay == CHANNEL and self.causal else (plain,)
+        return (plain, (CHUNK_SAFE, True)) if self.decay == Decay.CHANNEL and self.causal else (plain,)
 
     def _states(self, x: Tensor, z: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """States carried into each superchunk [B * H, N, K, V], and out of each segment [S, B, H, K, V]."""
@@ -150,17 +155,18 @@ class _Lightning:
         heads = {"H": self.num_heads, "HG": self.gate_heads, "K": dk, "V": dv}
         for chunk, safe in self._variants():
             self._launch(
-                local_states, n * self.rows * triton.cdiv(dv, tile.block),
-                x, z, states, self.g, self.coarse, self.fine, self.flags, self.pieces.pieces,
-                self.scale, self.length, n, self.rows, **heads, HX=x.shape[2], HZ=z.shape[2],
-                BK=block_k, BV=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe, REV=reverse,
+                local_states, n * self.rows * triton.cdiv(dv, tile.block), p_x=x, p_z=z, p_states=states,
+                p_g=self.g, p_coarse=self.coarse, p_fine=self.fine, p_flags=self.flags, p_pieces=self.pieces.pieces,
+                scale=self.scale, T=self.length, N=n, BH=self.rows, **heads, HX=x.shape[2], HZ=z.shape[2],
+                BK=block_k, BV=tile.block, C=chunk, DECAY=int(self.decay), EXACT=self.exact, SAFE=safe, REV=reverse,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
         rows = max(1, 1024 // block_v)
         self._launch(
-            scan_states, segments * self.rows * triton.cdiv(dk, rows),
-            states, exits, self.g, self.total, self.pieces.pieces, self.pieces.segments, n, segments, self.rows,
-            **heads, BK=rows, BV=block_v, DECAY=self.decay, REV=reverse, num_warps=4,
+            scan_states, segments * self.rows * triton.cdiv(dk, rows), p_states=states, p_exits=exits, p_g=self.g,
+            p_total=self.total, p_pieces=self.pieces.pieces, p_segments=self.pieces.segments,
+            N=n, S=segments, BH=self.rows,
+            **heads, BK=rows, BV=block_v, DECAY=int(self.decay), REV=reverse, num_warps=4,
         )  # fmt: skip
         return states, exits
 
@@ -171,11 +177,12 @@ class _Lightning:
         dx, dz = x.shape[-1], z.shape[-1]
         for chunk, safe in self._variants():
             self._launch(
-                mix, (last - first) * self.rows * triton.cdiv(dz, tile.block),
-                x, y, z, out, states, entry, other, rows, self.g, self.coarse, self.fine, self.flags,
-                self.before, self.pieces.pieces, self.scale, self.length, self.pieces.count, self.rows, first,
-                last - first, H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2], HG=self.gate_heads,
-                DX=dx, DZ=dz, BX=power_of_two(dx), BZ=tile.block, C=chunk, DECAY=self.decay, EXACT=self.exact,
+                mix, (last - first) * self.rows * triton.cdiv(dz, tile.block), p_x=x, p_y=y, p_z=z, p_out=out,
+                p_states=states, p_entry=entry, p_other=other, p_rows=rows, p_g=self.g, p_coarse=self.coarse,
+                p_fine=self.fine, p_flags=self.flags, p_entry_decay=self.before, p_pieces=self.pieces.pieces,
+                scale=self.scale, T=self.length, N=self.pieces.count, BH=self.rows, first=first, count=last - first,
+                H=self.num_heads, HX=x.shape[2], HY=y.shape[2], HZ=z.shape[2], HG=self.gate_heads,
+                DX=dx, DZ=dz, BX=power_of_two(dx), BZ=tile.block, C=chunk, DECAY=int(self.decay), EXACT=self.exact,
                 SAFE=safe, CAUSAL=self.causal, ENTERED=entry is not None, ROWS=rows is not None,
                 HO=1 if other is None else other.shape[2], SWAP=name == "dq",
                 num_warps=tile.warps, num_stages=tile.stages,
@@ -189,7 +196,7 @@ class Forward(_Lightning):
         super().__init__(q, k, v, g, table, causal, scale)
         shape = (self.batch, self.length, self.num_heads, self.value_dim)
         self.o = torch.empty(shape, dtype=v.dtype, device=v.device)
-        if self.decay > FIXED and q.is_cuda:
+        if self.decay.per_token and q.is_cuda:
             torch._assert_async((self.illegal == 0).all(), "g must be a log-decay <= 0")
         self.done: list[tuple[int, int]] = []  # ranges of superchunks whose output local() has made
 
@@ -204,9 +211,9 @@ class Forward(_Lightning):
 
     def _log_decay(self) -> Tensor | None:
         groups = self.num_heads // self.gate_heads
-        if self.decay == NONE:
+        if self.decay == Decay.NONE:
             return None
-        if self.decay == FIXED:
+        if self.decay == Decay.FIXED:
             total = self.pieces.lengths[:, None] * self.g.double().clamp(min=-100.0)
             return total.float().repeat_interleave(groups, 1)[:, None, :, None]
         total = self.whole * _LN2
@@ -277,8 +284,8 @@ class Backward(_Lightning):
         self._mix("dq", self.do, self.v, self.k, states, self.entry, self.dq, other=other, rows=self.products)
 
     def _make_products(self) -> Tensor:
-        """Room for what dg sums, written by the kernels of dq and dk: see :func:`triton_output.mix`."""
-        if self.decay == CHANNEL:
+        """Room for what dg sums; :func:`lasp.kernels.triton_linear.output.keep_products` writes it for dq and dk."""
+        if self.decay == Decay.CHANNEL:
             return self.k.new_empty((self.batch, self.length, self.num_heads, self.key_dim), dtype=torch.float32)
         self._dq_slots = triton.cdiv(self.key_dim, self.plan.tiles["dq"].block)
         slots = self._dq_slots + triton.cdiv(self.key_dim, self.plan.tiles["dk"].block)
@@ -299,7 +306,7 @@ class Backward(_Lightning):
         dk, dv = self._grad_like(self.k), self._grad_like(self.v)
         rows = None
         if self.needs_dg:
-            rows = self.products if self.decay == CHANNEL else self.products[self._dq_slots :]
+            rows = self.products if self.decay == Decay.CHANNEL else self.products[self._dq_slots :]
         self._mix_grads(grads, d_exit, dv, dk, rows)
         dg = self._gate_grad(d_exit) if self.needs_dg else None
         return _reduced(self.dq, self.q), _reduced(dk, self.k), _reduced(dv, self.v), dg
@@ -310,34 +317,36 @@ class Backward(_Lightning):
         blocks = triton.cdiv(self.value_dim, tile_v.block) + triton.cdiv(self.key_dim, tile_k.block)
         for chunk, safe in self._variants():
             self._launch(
-                mix_grads, self.pieces.count * self.rows * blocks,
-                self.q, self.k, self.v, self.do, dv, dk, grads, d_exit, rows, self.g, self.coarse, self.fine,
-                self.flags, self.after, self.pieces.pieces, self.scale or _LEAST_SCALE,  # divides gradients of states
-                self.length, self.pieces.count, self.rows, H=self.num_heads, HQ=self.q.shape[2], HK=self.k.shape[2],
-                HV=self.v.shape[2], HG=self.gate_heads, K=self.key_dim, V=self.value_dim,
-                PK=power_of_two(self.key_dim), PV=power_of_two(self.value_dim), BV=tile_v.block,
-                BK=tile_k.block, C=chunk, DECAY=self.decay, EXACT=self.exact, SAFE=safe, CAUSAL=self.causal,
-                LEFT=d_exit is not None, ROWS=rows is not None,
+                mix_grads, self.pieces.count * self.rows * blocks, p_q=self.q, p_k=self.k, p_v=self.v, p_do=self.do,
+                p_dv=dv, p_dk=dk, p_grads=grads, p_d_exit=d_exit, p_rows=rows, p_g=self.g, p_coarse=self.coarse,
+                p_fine=self.fine, p_flags=self.flags, p_exit_decay=self.after, p_pieces=self.pieces.pieces,
+                scale=self.scale or _LEAST_SCALE,  # divides gradients of states
+                T=self.length, N=self.pieces.count, BH=self.rows,
+                H=self.num_heads, HQ=self.q.shape[2], HK=self.k.shape[2], HV=self.v.shape[2], HG=self.gate_heads,
+                K=self.key_dim, V=self.value_dim, PK=power_of_two(self.key_dim), PV=power_of_two(self.value_dim),
+                BV=tile_v.block, BK=tile_k.block, C=chunk, DECAY=int(self.decay), EXACT=self.exact, SAFE=safe,
+                CAUSAL=self.causal, LEFT=d_exit is not None, ROWS=rows is not None,
                 num_warps=tile_v.warps, num_stages=tile_v.stages,
             )  # fmt: skip
 
     def _gate_grad(self, d_exit: Tensor | None) -> Tensor:
         dg = self.products  # of channels: each program replaces what it has read
-        if self.decay != CHANNEL:
+        if self.decay != Decay.CHANNEL:
             dg = self.k.new_empty((self.batch, self.length, self.num_heads, 1), dtype=torch.float32)
         block = min(32, power_of_two(self.key_dim))
-        blocks = triton.cdiv(self.key_dim, block) if self.decay == CHANNEL else 1
+        blocks = triton.cdiv(self.key_dim, block) if self.decay == Decay.CHANNEL else 1
         self._launch(
-            gate_grads, self.pieces.count * self.rows * blocks,
-            self.products, dg, self.saved[0], self.grads, self.entry, self.exits, d_exit, self.g, self.before,
-            self.after, self.pieces.pieces, self.length, self.pieces.count, self.rows, self.products.shape[0],
+            gate_grads, self.pieces.count * self.rows * blocks, p_rows=self.products, p_dg=dg,
+            p_states=self.saved[0], p_grads=self.grads, p_entry=self.entry, p_exits=self.exits, p_d_exit=d_exit,
+            p_g=self.g, p_before=self.before, p_after=self.after, p_pieces=self.pieces.pieces,
+            T=self.length, N=self.pieces.count, BH=self.rows, slots=self.products.shape[0],
             H=self.num_heads, HG=self.gate_heads, K=self.key_dim, V=self.value_dim, BK=block,
-            BV=min(64, power_of_two(self.value_dim)), C=self.plan.chunk, DECAY=self.decay,
+            BV=min(64, power_of_two(self.value_dim)), C=self.plan.chunk, DECAY=int(self.decay),
             ENTERED=self.entry is not None, LEFT=d_exit is not None, num_warps=4,
         )  # fmt: skip
-        if self.decay == FIXED:
+        if self.decay == Decay.FIXED:
             return dg.sum((0, 1, 3)).view(self.gate_heads, -1).sum(1).to(self.g.dtype)
-        return _reduced(dg if self.decay == CHANNEL else dg.squeeze(-1), self.g)
+        return _reduced(dg if self.decay == Decay.CHANNEL else dg.squeeze(-1), self.g)
 
     def _grad_like(self, x: Tensor) -> Tensor:
         """Room for the gradient of ``x`` with H heads; in fp32 where heads that share one are still to be summed."""

@@ -10,10 +10,11 @@ A program walks through the chunks of a superchunk with a state S in registers:
     dv    k   q   do   dS / scale   [K, V]  REV       >= i    end_i     begin_j
     dk    v   do  q    dS^T / scale [V, K]  REV       >= i    end_i     begin_j
 
-with D, begin and end as in :mod:`lasp.kernels.triton_linear.gates`; SWAP marks the transposed states. Where key
-channels decay on their own, the decays go with q and k: with x and y, or with SWAP with z and out. Both terms of
-``out`` carry a factor of their own, so that the two products are not chained, which would cost a change of layout per
-chunk. Without CAUSAL only the state's term is left.
+D, begin and end are the decays of :mod:`lasp.kernels.triton_linear.gates`. SWAP marks the two rows whose state is
+transposed. Where key channels decay on their own, the decays belong to q and k: so they go with x and y, or with SWAP
+with z and out. Without CAUSAL only the term with the state is left.
+
+:mod:`lasp.kernels.triton_linear.chunks` has what happens inside one chunk.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton_linear.gates import channel_decays, fixed_slope, row_decays, row_spans
+from lasp.kernels.triton_linear.chunks import (
+    channel_chunk,
+    channel_state,
+    safe_chunk,
+    shared_chunk,
+    shared_state,
+    times,
+)
+from lasp.kernels.triton_linear.gates import CHANNEL, FIXED, NONE, decay_over, fixed_slope, flagged, sums_at
 
 
 @triton.jit(do_not_specialize=["T", "N", "BH", "first", "count"])
@@ -39,14 +48,16 @@ def mix(
     """
     NZ: tl.constexpr = (DZ + BZ - 1) // BZ
     i_z, i_bh, i_n = tl.program_id(0) % NZ, (tl.program_id(0) // NZ) % BH, tl.program_id(0) // (NZ * BH)
-    i_n = first + count - 1 - i_n  # the states read last by the pass before are the likeliest in the cache
-    if DECAY == 3:  # noqa: SIM102 (decided when compiled, then on the device)
-        if (tl.load(p_flags + (i_bh // H * HG + i_bh % H // (H // HG)) * N + i_n) != 0) != SAFE:
+    i_n = first + count - 1 - i_n  # the states that the pass before read last are the likeliest to be in the cache
+    if DECAY == CHANNEL:  # noqa: SIM102 (decided when compiled, then on the device)
+        if flagged(p_flags, i_bh, i_n, N, H=H, HG=HG) != SAFE:
             return
     walk(
-        i_z, i_bh, i_n, p_x, p_y, p_z, p_out, p_states, p_entry, p_other, p_rows,
-        p_g, p_coarse, p_fine, p_entry_decay, p_pieces, scale, T, N, BH,
-        H, HX, HY, HZ, HG, DX, DZ, BX, BZ, C, DECAY, EXACT, SAFE, CAUSAL, ENTERED, ROWS, HO, SWAP, False,
+        i_z, i_bh, i_n, p_x=p_x, p_y=p_y, p_z=p_z, p_out=p_out, p_states=p_states, p_entry=p_entry,
+        p_other=p_other, p_rows=p_rows, p_g=p_g, p_coarse=p_coarse, p_fine=p_fine, p_entry_decay=p_entry_decay,
+        p_pieces=p_pieces, scale=scale, T=T, N=N, BH=BH, H=H, HX=HX, HY=HY, HZ=HZ, HG=HG, DX=DX, DZ=DZ, BX=BX, BZ=BZ,
+        C=C, DECAY=DECAY, EXACT=EXACT, SAFE=SAFE, CAUSAL=CAUSAL, ENTERED=ENTERED, ROWS=ROWS, HO=HO,
+        SWAP=SWAP, REV=False,
     )  # fmt: skip
 
 
@@ -59,27 +70,31 @@ def mix_grads(
     C: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr, SAFE: tl.constexpr, CAUSAL: tl.constexpr,
     LEFT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dv and dk. Grid [N * B * H * (cdiv(V, BV) + cdiv(K, BK))]: programs that read the same tokens run side by side.
+    """dv and dk; see :func:`walk`. PK and PV are powers of two that hold K and V.
 
-    PK, PV: powers of two that hold K and V. See :func:`walk`.
+    Grid [N * B * H * (cdiv(V, BV) + cdiv(K, BK))]: programs that read the same tokens run side by side.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     NZ: tl.constexpr = NV + (K + BK - 1) // BK
     i_z, i_bh, i_n = tl.program_id(0) % NZ, (tl.program_id(0) // NZ) % BH, tl.program_id(0) // (NZ * BH)
-    if DECAY == 3:  # noqa: SIM102 (decided when compiled, then on the device)
-        if (tl.load(p_flags + (i_bh // H * HG + i_bh % H // (H // HG)) * N + i_n) != 0) != SAFE:
+    if DECAY == CHANNEL:  # noqa: SIM102 (decided when compiled, then on the device)
+        if flagged(p_flags, i_bh, i_n, N, H=H, HG=HG) != SAFE:
             return
     if i_z < NV:
         walk(
-            i_z, i_bh, i_n, p_k, p_q, p_do, p_dv, p_grads, p_d_exit, p_k, p_rows,
-            p_g, p_coarse, p_fine, p_exit_decay, p_pieces, scale, T, N, BH,
-            H, HK, HQ, H, HG, K, V, PK, BV, C, DECAY, EXACT, SAFE, CAUSAL, LEFT, False, HK, False, True,
+            i_z, i_bh, i_n, p_x=p_k, p_y=p_q, p_z=p_do, p_out=p_dv, p_states=p_grads, p_entry=p_d_exit,
+            p_other=p_k, p_rows=p_rows, p_g=p_g, p_coarse=p_coarse, p_fine=p_fine, p_entry_decay=p_exit_decay,
+            p_pieces=p_pieces, scale=scale, T=T, N=N, BH=BH, H=H, HX=HK, HY=HQ, HZ=H, HG=HG, DX=K, DZ=V, BX=PK, BZ=BV,
+            C=C, DECAY=DECAY, EXACT=EXACT, SAFE=SAFE, CAUSAL=CAUSAL, ENTERED=LEFT, ROWS=False, HO=HK,
+            SWAP=False, REV=True,
         )  # fmt: skip
     if i_z >= NV:  # no else: the two then share their shared memory
         walk(
-            i_z - NV, i_bh, i_n, p_v, p_do, p_q, p_dk, p_grads, p_d_exit, p_k, p_rows,
-            p_g, p_coarse, p_fine, p_exit_decay, p_pieces, scale, T, N, BH,
-            H, HV, H, HQ, HG, V, K, PV, BK, C, DECAY, EXACT, SAFE, CAUSAL, LEFT, ROWS, HK, True, True,
+            i_z - NV, i_bh, i_n, p_x=p_v, p_y=p_do, p_z=p_q, p_out=p_dk, p_states=p_grads, p_entry=p_d_exit,
+            p_other=p_k, p_rows=p_rows, p_g=p_g, p_coarse=p_coarse, p_fine=p_fine, p_entry_decay=p_exit_decay,
+            p_pieces=p_pieces, scale=scale, T=T, N=N, BH=BH, H=H, HX=HV, HY=H, HZ=HQ, HG=HG, DX=V, DZ=K, BX=PV, BZ=BK,
+            C=C, DECAY=DECAY, EXACT=EXACT, SAFE=SAFE, CAUSAL=CAUSAL, ENTERED=LEFT, ROWS=ROWS, HO=HK,
+            SWAP=True, REV=True,
         )  # fmt: skip
 
 
@@ -94,10 +109,7 @@ def walk(
 ):  # fmt: skip
     """Block i_z of out [B, T, H, DZ] in superchunk i_n, from x [B, T, HX, DX], y [B, T, HY, DX], z [B, T, HZ, DZ].
 
-    states: carried into each superchunk, fp32 [B * H, N, K, V]; entry [S, B * H, K, V] if ENTERED, to be decayed by
-    entry_decay [B, HG, N, a]. ROWS: also the gate's gradient needs out * other, other [B, T, HO, DZ], in fp32: the
-    sum over channels in rows [slots, B * H, T], +1 (dq) or -1 (dk) times, in a slot for each block of DZ; for decays of
-    channels, rows [B, T, H, K] is written by dq and then has dk's part subtracted.
+    states, entry, entry_decay: see :func:`entry_state`. other, rows (ROWS): see :func:`keep_products`.
     """
     i_b, i_h = i_bh // H, i_bh % H
     i_hg = i_h // (H // HG)
@@ -106,59 +118,27 @@ def walk(
     rows, cols_x, cols_z = tl.arange(0, C), tl.arange(0, BX), i_z * BZ + tl.arange(0, BZ)
     mask_x, mask_z = cols_x < DX, cols_z < DZ
     in_x, in_z = mask_x[None, :], mask_z[None, :]
-    p_x += (token * HX + i_h // (H // HX)) * DX
-    p_y += (token * HY + i_h // (H // HY)) * DX
-    p_z += (token * HZ + i_h // (H // HZ)) * DZ
-    p_out += (token * H + i_h) * DZ
-    at_x = rows[:, None] * (HX * DX) + cols_x[None, :]
-    at_y = rows[:, None] * (HY * DX) + cols_x[None, :]
-    at_z = rows[:, None] * (HZ * DZ) + cols_z[None, :]
-    at_out = rows[:, None] * (H * DZ) + cols_z[None, :]
+    p_x, at_x = head_at(p_x, token, i_h, rows, cols_x, H=H, HEADS=HX, D=DX)
+    p_y, at_y = head_at(p_y, token, i_h, rows, cols_x, H=H, HEADS=HY, D=DX)
+    p_z, at_z = head_at(p_z, token, i_h, rows, cols_z, H=H, HEADS=HZ, D=DZ)
+    p_out, at_out = head_at(p_out, token, i_h, rows, cols_z, H=H, HEADS=H, D=DZ)
     if ROWS:
-        p_other += (token * HO + i_h // (H // HO)) * DZ
-        at_other = rows[:, None] * (HO * DZ) + cols_z[None, :]
-        if DECAY == 3:
-            p_rows += (token * H + i_h) * DZ
-        else:
-            p_rows += (i_z * BH + i_bh).to(tl.int64) * T + start
-    slope = fixed_slope(p_g, i_hg, DECAY)
-    if DECAY == 2:
-        p_fine += (i_b * HG + i_hg).to(tl.int64) * T + start
-        if EXACT:
-            p_coarse += (i_b * HG + i_hg).to(tl.int64) * T + start
-    if DECAY == 3:
-        KEYS: tl.constexpr = DZ if SWAP else DX
-        cols_k = cols_z if SWAP else cols_x
-        p_fine += (token * HG + i_hg) * KEYS
+        p_other, at_other = head_at(p_other, token, i_h, rows, cols_z, H=H, HEADS=HO, D=DZ)
+        ROW: tl.constexpr = H * DZ if DECAY == CHANNEL else 1
+        p_rows += (token * H + i_h) * DZ if DECAY == CHANNEL else (i_z * BH + i_bh).to(tl.int64) * T + start
+    KEYS: tl.constexpr = DZ if SWAP else DX
+    cols_k = cols_z if SWAP else cols_x
+    slope = fixed_slope(p_g, i_hg, DECAY=DECAY)
+    p_coarse, p_fine = sums_at(p_coarse, p_fine, i_b, i_hg, start, T, HG=HG, K=KEYS, DECAY=DECAY, EXACT=EXACT)
 
-    if SWAP:
-        at_state = cols_x[:, None] + cols_z[None, :] * DX
-    else:
-        at_state = cols_x[:, None] * DZ + cols_z[None, :]
-    in_state = (cols_x < DX)[:, None] & in_z
-    b_state = tl.zeros([BX, BZ], tl.float32)
-    if CAUSAL:
-        b_state += tl.load(p_states + (i_bh * N + i_n).to(tl.int64) * (DX * DZ) + at_state, mask=in_state, other=0.0)
-    if ENTERED:
-        i_s = tl.load(p_pieces + 2 * N + i_n)
-        b_entry = tl.load(p_entry + (i_s * BH + i_bh).to(tl.int64) * (DX * DZ) + at_state, mask=in_state, other=0.0)
-        if DECAY == 1:
-            if REV:
-                tokens = tl.load(p_pieces + 4 * N + i_n) - start - n
-            else:
-                tokens = start - tl.load(p_pieces + 3 * N + i_n)
-            b_entry *= tl.exp2(tokens.to(tl.float32) * slope)
-        elif DECAY == 2:
-            b_entry *= tl.exp2(tl.load(p_entry_decay + (i_b * HG + i_hg) * N + i_n))
-        elif DECAY == 3:
-            p_decay = p_entry_decay + ((i_b * HG + i_hg) * N + i_n).to(tl.int64) * KEYS
-            b_decay = tl.exp2(tl.load(p_decay + cols_k, mask=cols_k < KEYS, other=0.0))
-            b_entry *= b_decay[None, :] if SWAP else b_decay[:, None]
-        b_state += b_entry
+    b_state = entry_state(
+        p_states=p_states, p_entry=p_entry, p_entry_decay=p_entry_decay, p_pieces=p_pieces, slope=slope,
+        i_bh=i_bh, i_bhg=i_b * HG + i_hg, i_n=i_n, cols_x=cols_x, cols_z=cols_z, cols_k=cols_k, N=N, BH=BH,
+        DX=DX, DZ=DZ, BX=BX, BZ=BZ, DECAY=DECAY, CAUSAL=CAUSAL, ENTERED=ENTERED, SWAP=SWAP, REV=REV,
+    )  # fmt: skip
     if REV:
         b_state *= 1.0 / scale  # a gradient holds the factor that ``out`` will get
 
-    dtype: tl.constexpr = p_x.dtype.element_ty
     seen = (rows[:, None] <= rows[None, :]) if REV else (rows[:, None] >= rows[None, :])
     chunks = tl.cdiv(n, C)
     for i in range(0, chunks):
@@ -172,214 +152,99 @@ def walk(
 
         if not CAUSAL:
             b_out = times(b_x, b_state) * scale
-        elif DECAY < 3:
-            b_scores = tl.dot(b_x, tl.trans(b_y), input_precision="ieee")
-            if DECAY == 0:
-                b_scores = tl.where(seen, b_scores, 0.0)
-                b_out = times(b_x, b_state) * scale
-            else:
-                b_span = row_spans(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
-                b_scores *= tl.exp2(tl.where(seen, -b_span if REV else b_span, float("-inf")))
-                b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
-                b_weight = tl.exp2(b_end if REV else b_begin) * scale
-                b_out = times(b_x, b_state) * b_weight[:, None]
-            b_out += times(b_scores, b_z) * scale
-        elif SAFE:
-            b_begin, b_end, b_total = channel_decays(p_fine, t, left, rows, cols_k, HG, KEYS, C, SAFE)
-            b_near = tl.exp2(b_end if REV else b_begin)  # of x or out, towards the state
-            b_far = tl.exp2(b_begin if REV else b_end)  # of y or z, into the state
-            b_within = within_safe(
-                b_x, p_y + t * (HY * DX) + cols_x, p_z + t * (HZ * DZ) + cols_z, p_fine + t * (HG * KEYS) + cols_k,
-                left, rows, cols_k, mask_x, mask_z, HY * DX, HZ * DZ, HG * KEYS, KEYS, BX, BZ, C, SWAP, REV,
+        elif DECAY != CHANNEL:
+            b_out = shared_chunk(
+                b_x, b_y, b_z, b_state, slope=slope, p_coarse=p_coarse, p_fine=p_fine, t=t, left=left, rows=rows,
+                seen=seen, scale=scale, C=C, DECAY=DECAY, EXACT=EXACT, REV=REV,
             )  # fmt: skip
-            if SWAP:
-                b_out = times(b_x, b_state) * b_near * scale
-                b_z = (b_z.to(tl.float32) * b_far).to(dtype)
-                b_state *= tl.exp2(b_total)[None, :]
-            else:
-                b_x = (b_x.to(tl.float32) * b_near).to(dtype)
-                b_out = times(b_x, b_state) * scale
-                b_y = (b_y.to(tl.float32) * b_far).to(dtype)
-                b_state *= tl.exp2(b_total)[:, None]
-            b_out += b_within * scale
+        elif SAFE:
+            b_out, b_y, b_z, b_state = safe_chunk(
+                b_x, b_y, b_z, b_state, p_y=p_y + t * (HY * DX) + cols_x, p_z=p_z + t * (HZ * DZ) + cols_z,
+                p_fine=p_fine, t=t, left=left, rows=rows, cols_k=cols_k, mask_x=mask_x, mask_z=mask_z, scale=scale,
+                STEP_Y=HY * DX, STEP_Z=HZ * DZ, HG=HG, KEYS=KEYS, BX=BX, BZ=BZ, C=C, SWAP=SWAP, REV=REV,
+            )  # fmt: skip
         else:
-            # everything relative to the middle of the chunk's decay; the state crosses each half on its own
-            b_begin, b_end, b_total = channel_decays(p_fine, t, left, rows, cols_k, HG, KEYS, C, SAFE)
-            b_shift = (b_begin - 0.5 * b_total[None, :]) if REV else (0.5 * b_total[None, :] - b_begin)
-            b_half = tl.exp2(0.5 * b_total)[None, :] if SWAP else tl.exp2(0.5 * b_total)[:, None]
-            if SWAP:
-                b_z, into = narrow(b_z.to(tl.float32) * tl.exp2(b_shift), dtype)
-                near, far = scale, scale * into
-            else:
-                b_x, near = narrow(b_x.to(tl.float32) * tl.exp2(-b_shift), dtype)
-                b_y, into = narrow(b_y.to(tl.float32) * tl.exp2(b_shift), dtype)
-                near *= scale
-                far = near * into
-            b_scores = tl.where(seen, tl.dot(b_x, tl.trans(b_y), input_precision="ieee"), 0.0)
-            b_state *= b_half
-            b_out = times(b_x, b_state) * near
-            b_out += times(b_scores, b_z) * far
-            if SWAP:
-                b_out *= tl.exp2(-b_shift)
+            b_out, b_y, b_z, b_state, into, b_half = channel_chunk(
+                b_x, b_y, b_z, b_state, p_fine=p_fine, t=t, left=left, rows=rows, cols_k=cols_k, seen=seen, scale=scale,
+                HG=HG, KEYS=KEYS, C=C, SWAP=SWAP, REV=REV,
+            )  # fmt: skip
 
         mask = in_row & in_z
         tl.store(p_out + t * (H * DZ) + at_out, b_out.to(p_out.dtype.element_ty), mask=mask)
         if ROWS:
-            b_rows = b_out * tl.load(p_other + t * (HO * DZ) + at_other, mask=mask, other=0.0).to(tl.float32)
-            if DECAY == 3:
-                if REV:
-                    b_rows = tl.load(p_rows + t * (H * DZ) + at_out, mask=mask, other=0.0) - b_rows
-                tl.store(p_rows + t * (H * DZ) + at_out, b_rows, mask=mask)
-            else:
-                b_sum = tl.sum(b_rows, 1)
-                tl.store(p_rows + t + rows, -b_sum if REV else b_sum, mask=rows < left)
-        if CAUSAL:  # last, when the output is out of the registers; decays are read again to stay out of them till now
-            if DECAY == 1 or DECAY == 2:
-                b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
-                b_z = (b_z.to(tl.float32) * tl.exp2(b_begin if REV else b_end)[:, None]).to(dtype)
-                b_state *= tl.exp2(total)
-            if DECAY == 3 and not SAFE and dtype == tl.float16:
-                b_state += tl.dot(tl.trans(b_y), b_z) * into
-            else:
+            b_other = tl.load(p_other + t * (HO * DZ) + at_other, mask=mask, other=0.0)
+            keep_products(
+                b_out, b_other, p_rows=p_rows + t * ROW, at_out=at_out, rows=rows, left=left, mask=mask,
+                DECAY=DECAY, REV=REV,
+            )  # fmt: skip
+        if CAUSAL:  # last, when the output is out of the registers
+            if DECAY != CHANNEL:
+                b_state = shared_state(
+                    b_y, b_z, b_state, slope=slope, p_coarse=p_coarse, p_fine=p_fine, t=t, left=left, rows=rows,
+                    C=C, DECAY=DECAY, EXACT=EXACT, REV=REV,
+                )  # fmt: skip
+            elif SAFE:
                 b_state = tl.dot(tl.trans(b_y), b_z, b_state, input_precision="ieee")
-            if DECAY == 3 and not SAFE:
-                b_state *= b_half
+            else:
+                b_state = channel_state(b_y, b_z, b_state, into, b_half)
 
 
 @triton.jit
-def narrow(b, dtype: tl.constexpr):
-    """``b`` in ``dtype``, and the factor that was taken out of it: fp16 ends at 65504."""
-    factor = 1.0
-    if dtype == tl.float16:
-        factor = tl.maximum(tl.max(tl.abs(b)) / 16384.0, 1.0)
-        b = b / factor
-    return b.to(dtype), factor
+def head_at(p, token, i_h, rows, cols, H: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):
+    """Where head i_h of a tensor [B * T, HEADS, D] begins at ``token``, and offsets [rows, cols] from there."""
+    return p + (token * HEADS + i_h // (H // HEADS)) * D, rows[:, None] * (HEADS * D) + cols[None, :]
 
 
 @triton.jit
-def times(b_a, b_b):
-    """b_a b_b in fp32, where one is an fp32 sum that the product takes in the other's dtype."""
-    if b_b.dtype == tl.float32:
-        b_b, factor = narrow(b_b, b_a.dtype)
-    else:
-        b_a, factor = narrow(b_a, b_b.dtype)
-    return tl.dot(b_a, b_b, input_precision="ieee") * factor
-
-
-@triton.jit
-def within_safe(
-    b_x, p_y, p_z, p_decay, left, rows, cols_k, mask_x, mask_z,
-    step_y: tl.constexpr, step_z: tl.constexpr, step_decay: tl.constexpr, KEYS: tl.constexpr,
-    BX: tl.constexpr, BZ: tl.constexpr, C: tl.constexpr, SWAP: tl.constexpr, REV: tl.constexpr,
+def entry_state(
+    p_states, p_entry, p_entry_decay, p_pieces, slope, i_bh, i_bhg, i_n, cols_x, cols_z, cols_k, N, BH,
+    DX: tl.constexpr, DZ: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr, DECAY: tl.constexpr,
+    CAUSAL: tl.constexpr, ENTERED: tl.constexpr, SWAP: tl.constexpr, REV: tl.constexpr,
 ):  # fmt: skip
-    """sum_j D_ij (x_i . y_j) z_j [C, BZ] token by token, with every span summed directly: right at any decay.
+    """The state [BX, BZ] that enters superchunk i_n: what its segment carries into it, and what enters the segment.
 
-    p_decay: decays of single tokens. The columns are taken from the last to the first (REV: from the first to the
-    last), so that b_span, the span between each row and the column at hand, grows by one token per step.
+    states fp32 [B * H, N, K, V] (CAUSAL) holds the first. entry fp32 [S, B * H, K, V] (ENTERED) holds the second; it
+    decays on its way through the segment, by entry_decay [B, HG, N, 1 or K] unless the decay is fixed.
     """
-    b_x = b_x.to(tl.float32)
-    b_within = tl.zeros([C, BZ], tl.float32)
-    b_span = tl.zeros([C, BZ if SWAP else BX], tl.float32)
-    for i in range(0, C):
-        j = i if REV else C - 1 - i
-        in_j = j < left
-        b_y = tl.load(p_y + j * step_y, mask=mask_x & in_j, other=0.0).to(tl.float32)
-        b_z = tl.load(p_z + j * step_z, mask=mask_z & in_j, other=0.0).to(tl.float32)
-        b_decay = tl.load(p_decay + j * step_decay, mask=(cols_k < KEYS) & in_j, other=0.0)
+    if SWAP:
+        at = cols_x[:, None] + cols_z[None, :] * DX
+    else:
+        at = cols_x[:, None] * DZ + cols_z[None, :]
+    mask = (cols_x < DX)[:, None] & (cols_z < DZ)[None, :]
+    b_state = tl.zeros([BX, BZ], tl.float32)
+    if CAUSAL:
+        b_state += tl.load(p_states + (i_bh * N + i_n).to(tl.int64) * (DX * DZ) + at, mask=mask, other=0.0)
+    if ENTERED:
+        i_s = tl.load(p_pieces + 2 * N + i_n)
+        b_entry = tl.load(p_entry + (i_s * BH + i_bh).to(tl.int64) * (DX * DZ) + at, mask=mask, other=0.0)
+        if DECAY != NONE:
+            tokens = 0
+            if DECAY == FIXED:
+                if REV:
+                    tokens = tl.load(p_pieces + 4 * N + i_n) - tl.load(p_pieces + N + i_n)
+                else:
+                    tokens = tl.load(p_pieces + i_n) - tl.load(p_pieces + 3 * N + i_n)
+            KEYS: tl.constexpr = DZ if SWAP else DX
+            b_entry *= decay_over(
+                slope=slope, tokens=tokens, p_sums=p_entry_decay, i_bhg=i_bhg, i_n=i_n, N=N, keys=cols_k, there=None,
+                K=KEYS, DECAY=DECAY, SWAP=SWAP,
+            )  # fmt: skip
+        b_state += b_entry
+    return b_state
+
+
+@triton.jit
+def keep_products(b_out, b_other, p_rows, at_out, rows, left, mask, DECAY: tl.constexpr, REV: tl.constexpr):
+    """What the gate's gradient needs of a chunk: out * other in fp32, where other [B, T, HO, DZ] is q or k.
+
+    Sums over channels go into rows [slots, B * H, T]: each block of channels has a slot, and dk (REV) counts with -1.
+    For decays of channels dq writes its products into rows [B, T, H, K], and dk then subtracts its own there.
+    """
+    b_rows = b_out * b_other.to(tl.float32)
+    if DECAY == CHANNEL:
         if REV:
-            seen = rows <= j
-            b_span += tl.where((rows < j)[:, None], b_decay[None, :], 0.0)
-        else:
-            seen = rows >= j
-        b_xy = b_x * b_y[None, :]
-        if not SWAP:
-            b_xy *= tl.exp2(b_span)
-        b_column = tl.where(seen, tl.sum(b_xy, 1), 0.0)
-        b_part = b_column[:, None] * b_z[None, :]
-        if SWAP:
-            b_part *= tl.exp2(b_span)
-        b_within += b_part
-        if not REV:
-            b_span += tl.where(seen[:, None], b_decay[None, :], 0.0)
-    return b_within
-
-
-@triton.jit(do_not_specialize=["T", "N", "BH", "slots"])
-def gate_grads(
-    p_rows, p_dg, p_states, p_grads, p_entry, p_exits, p_d_exit, p_g, p_before, p_after, p_pieces, T, N, BH, slots,
-    H: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, DECAY: tl.constexpr, ENTERED: tl.constexpr, LEFT: tl.constexpr,
-):  # fmt: skip
-    """dg_t = sum_{s >= t} (q_s dq_s - k_s dk_s) + <S, dS> at the superchunk's end (GLA, arXiv 2312.06635, appendix C).
-
-    rows: as :func:`mix` leaves them; dg [B, T, H] or [B, T, H, K] fp32; states and grads: carried into each
-    superchunk from before and from behind; entry and exits: states at the segment's ends; d_exit: gradient of exits
-    (if LEFT). Grid [N * B * H], times cdiv(K, BK) for decays of channels.
-    """
-    NK: tl.constexpr = (K + BK - 1) // BK
-    BLOCKS: tl.constexpr = NK if DECAY == 3 else 1
-    i_k, i_bh, i_n = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS) % BH, tl.program_id(0) // (BLOCKS * BH)
-    i_b, i_h = i_bh // H, i_bh % H
-    i_bhg = i_b * HG + i_h // (H // HG)
-    start, stop, i_s = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n), tl.load(p_pieces + 2 * N + i_n)
-    begin, end = tl.load(p_pieces + 3 * N + i_n), tl.load(p_pieces + 4 * N + i_n)
-    ends_here = stop == end
-    slope = fixed_slope(p_g, i_h // (H // HG), DECAY)
-    p_state = p_states + (i_bh * N + i_n + 1).to(tl.int64) * (K * V)
-    p_grad = p_grads + (i_bh * N + i_n).to(tl.int64) * (K * V)
-    segment = (i_s * BH + i_bh).to(tl.int64) * (K * V)
-    rows, cols = tl.arange(0, C), i_k * BK + tl.arange(0, BK)
-    b_anchor = tl.zeros([BK], tl.float32)
-    for i in range(0, tl.cdiv(V, BV) * (1 if DECAY == 3 else NK)):
-        keys = cols + (0 if DECAY == 3 else (i // tl.cdiv(V, BV)) * BK)
-        values = (i % tl.cdiv(V, BV)) * BV + tl.arange(0, BV)
-        at = keys[:, None] * V + values[None, :]
-        mask = (keys < K)[:, None] & (values < V)[None, :]
-        b_state = tl.load(p_exits + segment + at, mask=mask & ends_here, other=0.0)
-        b_state += tl.load(p_state + at, mask=mask & (stop < end), other=0.0)
-        b_grad = tl.load(p_grad + at, mask=mask, other=0.0)
-        if ENTERED:
-            b_entry = tl.load(p_entry + segment + at, mask=mask & (stop < end), other=0.0)
-            if DECAY == 1:
-                b_entry *= tl.exp2((stop - begin).to(tl.float32) * slope)
-            elif DECAY == 2:
-                b_entry *= tl.exp2(tl.load(p_before + i_bhg * N + i_n + 1, mask=stop < end, other=0.0))
-            else:
-                p_decay = p_before + (i_bhg * N + i_n + 1).to(tl.int64) * K + keys
-                b_entry *= tl.exp2(tl.load(p_decay, mask=(keys < K) & (stop < end), other=0.0))[:, None]
-            b_state += b_entry
-        if LEFT:
-            b_exit = tl.load(p_d_exit + segment + at, mask=mask, other=0.0)
-            if DECAY == 1:
-                b_exit *= tl.exp2((end - stop).to(tl.float32) * slope)
-            elif DECAY == 2:
-                b_exit *= tl.exp2(tl.load(p_after + i_bhg * N + i_n))
-            else:
-                p_decay = p_after + (i_bhg * N + i_n).to(tl.int64) * K + keys
-                b_exit *= tl.exp2(tl.load(p_decay, mask=keys < K, other=0.0))[:, None]
-            b_grad += b_exit
-        b_anchor += tl.sum(b_state * b_grad, 1)
-
-    n = stop - start
-    chunks = tl.cdiv(n, C)
-    if DECAY == 3:
-        at_row = ((i_b * T + start).to(tl.int64) * H + i_h) * K + rows[:, None] * (H * K) + cols[None, :]
-        for i in range(0, chunks):
-            t = (chunks - 1 - i) * C
-            mask = (rows < n - t)[:, None] & (cols < K)[None, :]
-            b_rows = tl.load(p_rows + t * (H * K) + at_row, mask=mask, other=0.0)
-            b_dg = tl.cumsum(b_rows, 0, reverse=True) + b_anchor[None, :]
-            tl.store(p_dg + t * (H * K) + at_row, b_dg, mask=mask)
-            b_anchor += tl.sum(b_rows, 0)
+            b_rows = tl.load(p_rows + at_out, mask=mask, other=0.0) - b_rows
+        tl.store(p_rows + at_out, b_rows, mask=mask)
     else:
-        b_later = tl.sum(b_anchor, 0)
-        p_rows += i_bh.to(tl.int64) * T + start
-        p_dg += (i_b * T + start).to(tl.int64) * H + i_h
-        for i in range(0, chunks):
-            t = (chunks - 1 - i) * C
-            mask = rows < n - t
-            b_rows = tl.zeros([C], tl.float32)
-            for slot in range(0, slots):
-                b_rows += tl.load(p_rows + slot * BH.to(tl.int64) * T + t + rows, mask=mask, other=0.0)
-            tl.store(p_dg + (t + rows) * H, tl.cumsum(b_rows, 0, reverse=True) + b_later, mask=mask)
-            b_later += tl.sum(b_rows, 0)
+        b_sum = tl.sum(b_rows, 1)
+        tl.store(p_rows + rows, -b_sum if REV else b_sum, mask=rows < left)

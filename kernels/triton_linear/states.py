@@ -1,9 +1,11 @@
 """Triton kernels of the states: what each superchunk adds to the memory, and the scan over a segment's superchunks.
 
-States are fp32 [B * H, N, K, V] in memory. The forward adds keys and values, weighted by the decay from their token to
-the superchunk's end; the backward (REV) adds queries and output gradients, weighted from its begin. The sweep runs
-towards smaller weights, with the weight of the chunks already passed as a running sum of logarithms, so the
-accumulator is never rescaled. Decays: :mod:`lasp.kernels.triton_linear.gates`.
+States are fp32 [B * H, N, K, V] in memory. The forward adds products of keys and values, weighted by the decay from
+their token to the superchunk's end. The backward (REV) adds products of queries and output gradients, weighted by the
+decay from the superchunk's begin to their token. A program visits the chunks from large weights to small ones and
+keeps the logarithm of the decay over the chunks that it has passed, so it never rescales what it has summed.
+
+The decays are those of :mod:`lasp.kernels.triton_linear.gates`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lasp.kernels.triton_linear.gates import channel_decays, fixed_slope, row_decays
+from lasp.kernels.triton_linear.gates import (
+    CHANNEL,
+    NONE,
+    channel_decays,
+    decay_over,
+    fixed_slope,
+    flagged,
+    row_decays,
+    sums_at,
+)
 
 
 @triton.jit(do_not_specialize=["T", "N", "BH"])
@@ -21,33 +32,28 @@ def local_states(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, EXACT: tl.constexpr, SAFE: tl.constexpr, REV: tl.constexpr,
 ):  # fmt: skip
-    """states[n] = sum_t w_t x_t z_t^T over superchunk n. Grid [N * B * H * cdiv(V, BV)].
+    """states[n] = sum_t w_t x_t z_t^T over the tokens t of superchunk n. Grid [N * B * H * cdiv(V, BV)].
 
-    x [B, T, HX, K] and z [B, T, HZ, V] are k and v, or with REV q and ``scale`` * do.
+    x [B, T, HX, K] and z [B, T, HZ, V] are k and v. With REV they are q and do, and the sum is multiplied by ``scale``.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v, i_bh, i_n = tl.program_id(0) % NV, (tl.program_id(0) // NV) % BH, tl.program_id(0) // (NV * BH)
     i_b, i_h = i_bh // H, i_bh % H
     i_hg = i_h // (H // HG)
-    if DECAY == 3:  # noqa: SIM102 (decided when compiled, then on the device)
-        if (tl.load(p_flags + (i_b * HG + i_hg) * N + i_n) != 0) != SAFE:
+    if DECAY == CHANNEL:  # noqa: SIM102 (decided when compiled, then on the device)
+        if flagged(p_flags, i_bh, i_n, N, H=H, HG=HG) != SAFE:
             return
     start, n = tl.load(p_pieces + i_n), tl.load(p_pieces + N + i_n) - tl.load(p_pieces + i_n)
     token = (i_b * T + start).to(tl.int64)
     p_x += (token * HX + i_h // (H // HX)) * K
     p_z += (token * HZ + i_h // (H // HZ)) * V
-    slope = fixed_slope(p_g, i_hg, DECAY)
-    if DECAY == 2:
-        p_fine += (i_b * HG + i_hg).to(tl.int64) * T + start
-        if EXACT:
-            p_coarse += (i_b * HG + i_hg).to(tl.int64) * T + start
-    if DECAY == 3:
-        p_fine += (token * HG + i_hg) * K
+    slope = fixed_slope(p_g, i_hg, DECAY=DECAY)
+    p_coarse, p_fine = sums_at(p_coarse, p_fine, i_b, i_hg, start, T, HG=HG, K=K, DECAY=DECAY, EXACT=EXACT)
     rows, cols_k, cols_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     at_x = rows[:, None] * (HX * K) + cols_k[None, :]
     at_z = rows[:, None] * (HZ * V) + cols_v[None, :]
     b_state = tl.zeros([BK, BV], tl.float32)
-    if DECAY == 3:
+    if DECAY == CHANNEL:
         b_run = tl.zeros([BK], tl.float32)
     else:
         b_run = 0.0
@@ -58,13 +64,13 @@ def local_states(
         in_row = (rows < left)[:, None]
         b_x = tl.load(p_x + t * (HX * K) + at_x, mask=in_row & (cols_k < K)[None, :], other=0.0)
         b_z = tl.load(p_z + t * (HZ * V) + at_z, mask=in_row & (cols_v < V)[None, :], other=0.0)
-        if DECAY == 3:
-            b_begin, b_end, b_total = channel_decays(p_fine, t, left, rows, cols_k, HG, K, C, SAFE)
+        if DECAY == CHANNEL:
+            b_begin, b_end, b_total = channel_decays(p_fine, t, left, rows, cols_k, HG=HG, K=K, C=C, SAFE=SAFE)
             b_weight = tl.exp2(b_run[None, :] + (b_begin if REV else b_end))
             b_x = (b_x.to(tl.float32) * b_weight).to(p_x.dtype.element_ty)
             b_run += b_total
-        elif DECAY > 0:
-            b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C, DECAY, EXACT)
+        elif DECAY != NONE:
+            b_begin, b_end, total = row_decays(slope, p_coarse, p_fine, t, left, rows, C=C, DECAY=DECAY, EXACT=EXACT)
             b_weight = tl.exp2(b_run + (b_begin if REV else b_end))
             b_z = (b_z.to(tl.float32) * b_weight[:, None]).to(p_z.dtype.element_ty)
             b_run += total
@@ -82,7 +88,7 @@ def scan_states(
     H: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, REV: tl.constexpr,
 ):  # fmt: skip
-    """In place: each state becomes that carried in from the segment's earlier superchunks (REV: later ones).
+    """Replace each superchunk's state by what the segment's earlier superchunks carry into it (REV: its later ones).
 
     exits [S, B * H, K, V] receives what is carried out of each segment. Grid [S * B * H * cdiv(K, BK)].
     """
@@ -91,7 +97,7 @@ def scan_states(
     i_b, i_h = i_bh // H, i_bh % H
     i_bhg = i_b * HG + i_h // (H // HG)
     first, last = tl.load(p_segments + i_s), tl.load(p_segments + S + i_s)
-    slope = fixed_slope(p_g, i_h // (H // HG), DECAY)
+    slope = fixed_slope(p_g, i_h // (H // HG), DECAY=DECAY)
     rows, cols = i_k * BK + tl.arange(0, BK), tl.arange(0, BV)
     mask = (rows < K)[:, None] & (cols < V)[None, :]
     at = rows[:, None] * V + cols[None, :]
@@ -102,13 +108,11 @@ def scan_states(
         p_state = p_states + j.to(tl.int64) * (K * V) + at
         b_own = tl.load(p_state, mask=mask, other=0.0)
         tl.store(p_state, b_carried, mask=mask)
-        if DECAY == 1:
+        if DECAY != NONE:
             n = tl.load(p_pieces + N + j) - tl.load(p_pieces + j)
-            b_carried *= tl.exp2(n.to(tl.float32) * slope)
-        elif DECAY == 2:
-            b_carried *= tl.exp2(tl.load(p_total + i_bhg * N + j))
-        elif DECAY == 3:
-            p_row = p_total + (i_bhg * N + j).to(tl.int64) * K + rows
-            b_carried *= tl.exp2(tl.load(p_row, mask=rows < K, other=0.0))[:, None]
+            b_carried *= decay_over(
+                slope=slope, tokens=n, p_sums=p_total, i_bhg=i_bhg, i_n=j, N=N, keys=rows, there=None,
+                K=K, DECAY=DECAY, SWAP=False,
+            )  # fmt: skip
         b_carried += b_own
     tl.store(p_exits + (i_s * BH + i_bh).to(tl.int64) * (K * V) + at, b_carried, mask=mask)

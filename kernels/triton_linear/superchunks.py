@@ -1,7 +1,7 @@
-"""Host tables that cut a rank's segments into superchunks, the runs of tokens that one GPU program walks through.
+"""Tables that cut a rank's segments into superchunks. A superchunk is the run of tokens that one GPU program visits.
 
-A superchunk is at most ``length`` consecutive tokens of one segment, so no program meets a document border and no decay
-has to express one. Its chunks start at its own first token; only its last chunk can be short.
+It has at most ``length`` consecutive tokens of one segment. So no program meets a document border, and no decay has to
+express one. Its chunks are counted from its own first token, so only its last chunk can be short.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Superchunks:
 
     Attributes:
         length: most tokens per superchunk, L.
-        count: N superchunks; with room for other layouts, the last ones may hold no token.
-        first: first superchunk of each segment, and the one behind the last: S + 1 numbers on the host.
+        count: N, how many there are. In a replaceable table the last ones may hold no token.
+        first: first superchunk of each segment, then the number of all that hold tokens: S + 1 numbers on the host.
         pieces: start, stop, segment, start and stop of the segment, int32 [5, N].
-        segments: first superchunk and the one behind the last, int32 [2, S].
+        segments: first superchunk of each segment, and the one behind its last, int32 [2, S].
         lengths: tokens of each segment, float64 [S].
     """
 
@@ -40,7 +40,7 @@ class Superchunks:
         return len(self.first) - 1
 
     def load(self, bounds: Bounds) -> None:
-        """Other segments, as many and of as many tokens, into the same memory: for kernels that are replayed."""
+        """Write the tables of other segments, as many and with as many tokens, into the memory that kernels read."""
         first, *tables = _tables(bounds, self.length, self.count)
         self.first[:] = first
         for mine, new in zip((self.pieces, self.segments, self.lengths), tables, strict=True):

@@ -1,4 +1,4 @@
-"""Tile choices of the Triton kernels: a shipped table, so that a new packed length never re-tunes.
+"""The tiles of the Triton kernels come from a table, so that a new packed length never starts a measurement.
 
 The table is ``tiles.json`` beside this file: one entry per architecture, head dim, decay and bucket of B * H * T.
 ``LASP_TILES=FILE`` names a table whose entries come before the shipped ones. On a GPU, ``LASP_AUTOTUNE=1`` measures an
@@ -16,6 +16,8 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
+
+from lasp.kernels.triton_linear.decays import Decay
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ class Plan:
 
 
 KERNELS = ("states", "o", "dq", "dv", "dk")
-DECAYS = ("none", "fixed", "token", "channel")
-ARCHITECTURES = (80, 90, 100)  # that the shipped table has; sm_80 also stands for all but Hopper and B200
-DIMS = (64, 128, 256)  # largest of K and V that each part of the table is for
+DECAYS = tuple(kind.name.lower() for kind in Decay)
+ARCHITECTURES = (80, 90, 100)  # of the shipped table; sm_80 also serves all GPUs but Hopper and B200
+DIMS = (64, 128, 256)  # the largest of K and V that each part of the table is for
 SHIPPED = Path(__file__).with_name("tiles.json")
-_NAME = re.compile(r"fp32|sm_\d+ D=(64|128|256) (none|fixed|token|channel) (few|many)( fp32)?")
-_MANY_TOKENS = 1 << 16  # B * H * T below which programs are too few for a device, so they share less
+_NAME = re.compile(rf"fp32|sm_\d+ D=({'|'.join(map(str, DIMS))}) ({'|'.join(DECAYS)}) (few|many)( fp32)?")
+_MANY_TOKENS = 1 << 16  # with a smaller B * H * T, programs are too few for a device unless tiles are small
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Entry:
         arch: compute capability, as 90.
         dim: one of ``DIMS``.
         decay: one of ``DECAYS``.
-        many: whether B * H * T fills a device.
+        many: whether B * H * T is enough to fill a device.
         wide: fp32 inputs: IEEE products on CUDA cores.
     """
 
@@ -82,8 +84,8 @@ class TileTable:
     """Entries of the shipped table and of the one that ``LASP_TILES`` names.
 
     Attributes:
-        path: the table in use, into which measured entries go.
-        measured: names of the entries that need no measuring: those of the user's table, and those of this process.
+        path: the file of the table in use; measured entries are written into it.
+        measured: names of the entries that the user's table has or that this process has measured.
     """
 
     def __init__(self, path: Path):
@@ -93,9 +95,9 @@ class TileTable:
         self._entries = _read(SHIPPED) | own
 
     def tiles(self, entry: Entry) -> dict[str, Tile]:
-        """The tile of each of ``KERNELS``: what was measured on this architecture, else what is shipped for its kind.
+        """The tile of each of ``KERNELS``: as measured on this architecture, else as shipped for its family.
 
-        fp32 has one shipped entry for all.
+        One shipped entry serves all of fp32.
         """
         if str(entry) in self._entries:
             return self._entries[str(entry)]
@@ -107,7 +109,7 @@ class TileTable:
             raise ValueError(f"LASP_AUTOTUNE=1 cannot write the tile table {self.path}. Point LASP_TILES elsewhere.")
 
     def store(self, entry: Entry, tiles: dict[str, Tile]) -> None:
-        """Take a measured entry and write it into the file, in one piece, beside what others wrote meanwhile."""
+        """Take a measured entry and write it into the file. What others wrote there meanwhile stays."""
         self._entries[str(entry)] = tiles
         self.measured.add(str(entry))
         with open(self.path.with_name(self.path.name + ".lock"), "w") as lock:
@@ -149,7 +151,7 @@ def _fits(tiles: dict[str, Tile]) -> bool:
 
 
 def _family(arch: int) -> int:
-    """Whose shipped tiles serve: others than Hopper and B200 have neither their tensor cores nor their memory."""
+    """The architecture whose shipped tiles serve. Only Hopper and B200 have their own; the others share sm_80's."""
     return {9: 90, 10: 100}.get(arch // 10, 80)
 
 
@@ -179,16 +181,16 @@ def power_of_two(size: int, least: int = 16) -> int:
 
 
 def superchunk(decay: int, tokens: int) -> int:
-    """L for ``tokens`` = B * H * T: enough programs to fill a device, few enough states to be cheap.
+    """L for ``tokens`` = B * H * T: short enough to give a device enough programs, long enough for few states.
 
-    Gate gradients are anchored once per superchunk, so with decays per token or channel it stays shorter.
+    Sums of gate gradients start anew at each superchunk, so with decays per token or channel it is kept shorter.
     """
-    most = 4096 if decay < 2 else 1024
+    most = 1024 if Decay(decay).per_token else 4096
     return min(max(1 << max(tokens // 256, 1).bit_length() - 1, 256), most)
 
 
 def entry(arch: int, dtype: torch.dtype, key_dim: int, value_dim: int, decay: int, tokens: int) -> Entry:
-    """What of the table serves a call; ``arch`` is the compute capability, as 90, or 0: the interpreter."""
+    """The entry of the table that serves a call; ``arch`` is the compute capability, as 90, or 0: the interpreter."""
     dim = next(d for d in DIMS if d >= max(key_dim, value_dim))
     return Entry(arch, dim, DECAYS[decay], tokens >= _MANY_TOKENS, dtype.itemsize == 4)
 
@@ -200,6 +202,6 @@ def plan(arch: int, dtype: torch.dtype, key_dim: int, value_dim: int, decay: int
 
 
 def fit(tiles: dict[str, Tile], key_dim: int, value_dim: int) -> dict[str, Tile]:
-    """``tiles`` with no block wider than what the kernel makes: channels of v for states, o and dv, else of k."""
+    """``tiles`` with blocks no wider than the kernel's result: it has V channels for states, o and dv, else K."""
     widest = {kernel: power_of_two(value_dim if kernel in ("states", "o", "dv") else key_dim) for kernel in KERNELS}
     return {kernel: Tile(min(t.block, widest[kernel]), t.warps, t.stages) for kernel, t in tiles.items()}

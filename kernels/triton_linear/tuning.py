@@ -1,7 +1,7 @@
 """Tiles measured on the device at hand, for the table of :mod:`lasp.kernels.triton_linear.tiles`.
 
-The stages of the operator are run with every tile that may serve an entry. They are handed in, so that the operator
-can ask for this when it first needs an entry.
+The stages of the operator run with every tile that may serve an entry. The caller hands the stages in, because the
+operator itself asks for a measurement when it first needs an entry, and this file must not import it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from lasp.kernels.segments import SegmentTable
-from lasp.kernels.triton_linear.tiles import DECAYS, Entry, Plan, Tile, plan, tile_table
+from lasp.kernels.triton_linear.decays import Decay
+from lasp.kernels.triton_linear.tiles import Entry, Plan, Tile, plan, tile_table
 
 HEADS, LENGTHS = 16, {False: 1 << 11, True: 1 << 14}  # of the inputs that stand for few and for many B * H * T
 PASSES = (("states",), ("o",), ("dq",), ("dv", "dk"))  # kernels that are launched together
@@ -100,11 +101,11 @@ def _pass(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Callable[[], object]:
-    """The stage of the operator that launches kernel ``name``, all before it done."""
+    """The stage of the operator that launches kernel ``name``, after all stages before it have run."""
     q, k, v, do = (torch.randn(1, length, heads, asked.dim, dtype=dtype, device=device) for _ in range(4))
     table = SegmentTable([(0, length)], device)
     arguments = q, k, v, _gate(asked, heads, length, device), table, True, asked.dim**-0.5
-    kind = DECAYS.index(asked.decay)
+    kind = Decay[asked.decay.upper()]
     planned = replace(plan(asked.arch, dtype, asked.dim, asked.dim, kind, heads * length), tiles=tiles)
     forward = _with_plan(stages[0], planned)(*arguments)
     if name == "states":
@@ -112,7 +113,7 @@ def _pass(
     exits = forward.state_maps().state
     if name == "o":
         return lambda: forward.finish(exits)
-    known = {"saved": forward.saved, "entry": exits, "exits": exits, "do": do, "needs_dg": kind > 1}
+    known = {"saved": forward.saved, "entry": exits, "exits": exits, "do": do, "needs_dg": kind.per_token}
     backward = _with_plan(stages[1], planned)(*arguments, **known)
     grads = backward.state_maps(local=name != "dq")
     return backward.local if name == "dq" else lambda: backward.finish(grads)
@@ -123,10 +124,8 @@ def _with_plan(stages: type, planned: Plan) -> type:
 
 
 def _gate(asked: Entry, heads: int, length: int, device: torch.device) -> Tensor | None:
-    shapes = {"fixed": (heads,), "token": (1, length, heads), "channel": (1, length, heads, asked.dim)}
-    if asked.decay == "none":
-        return None
-    return torch.nn.functional.logsigmoid(torch.randn(shapes[asked.decay], device=device)) / 16
+    shape = Decay[asked.decay.upper()].gate_shape(1, length, heads, asked.dim)
+    return None if shape is None else torch.nn.functional.logsigmoid(torch.randn(shape, device=device)) / 16
 
 
 def _median_seconds(run: Callable[[], object]) -> float:
