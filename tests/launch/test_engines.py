@@ -14,9 +14,8 @@ from lasp.launch.config.schema import load_config
 from lasp.launch.run.backends import make_engine
 from lasp.launch.train import train
 from lasp.parallel.mesh import Mesh
-from tests.launch.helpers import tiny_yaml
+from tests.launch.helpers import tiny_yaml, train_on_ranks
 from tests.launch.test_curve import check, curve
-from tests.launch.test_train import _train_on_ranks
 
 STEPS = 20
 HALFWAY = "checkpoints/step-00000010"
@@ -52,7 +51,7 @@ RUNS |= {"ddp tiled": TILED[1:], "fsdp2 tiled": TILED, "zero3 tiled": TILED}
 @pytest.mark.parametrize("run", RUNS)
 def test_twenty_steps_with_accumulation_and_clipping(ranks, tmp_path, alone, run):
     options = [f"engine={run.split()[0]}", "cp=2", "dp=2", *RUNS[run]]
-    ranks.run(_train_on_ranks, _config(tmp_path / "four"), options, size=4)
+    ranks.run(train_on_ranks, _config(tmp_path / "four"), options, size=4)
     check(curve(tmp_path / "four" / "run"), alone[0], range(1, STEPS + 1), 1e-5, evaluations=2)
 
 
@@ -63,7 +62,7 @@ def test_ranks_that_gather_parameters_evaluate_sequences_that_they_do_not_share_
     path = tiny_yaml(tmp_path, **(SETTINGS | {"steps": 2, "optimizer": {"lr": 1.0e-3, "warmup_steps": 1}}))
     uneven = [f"eval.sequences={sequences}", "data.batch_size=4", "timeout_s=20"]
     train(load_config(path, [*uneven, f"run_dir={tmp_path / 'alone'}"]))
-    ranks.run(_train_on_ranks, path, [*uneven, f"engine={engine}", f"dp={dp}"], size=dp)
+    ranks.run(train_on_ranks, path, [*uneven, f"engine={engine}", f"dp={dp}"], size=dp)
     check(curve(tmp_path / "run"), curve(tmp_path / "alone"), range(1, 3), 1e-5, evaluations=1)
 
 
@@ -71,11 +70,11 @@ def test_ranks_that_gather_parameters_evaluate_sequences_that_they_do_not_share_
 def test_a_checkpoint_of_another_engine_and_shape_goes_on(ranks, tmp_path, alone, engine, cp, dp):
     path = _config(tmp_path / "resumed")
     if engine == "ddp":  # from fsdp2
-        ranks.run(_train_on_ranks, path, ["engine=fsdp2", "cp=2", "dp=2", "steps=20"], size=4)
+        ranks.run(train_on_ranks, path, ["engine=fsdp2", "cp=2", "dp=2", "steps=20"], size=4)
         shutil.rmtree(tmp_path / "resumed/run/checkpoints/step-00000020")
     else:  # from one process
         shutil.copytree(alone[1] / HALFWAY, tmp_path / "resumed/run" / HALFWAY)
-    ranks.run(_train_on_ranks, path, [f"engine={engine}", f"cp={cp}", f"dp={dp}"], size=cp * dp)
+    ranks.run(train_on_ranks, path, [f"engine={engine}", f"cp={cp}", f"dp={dp}"], size=cp * dp)
     check(
         curve(tmp_path / "resumed/run"), alone[0], range(1 if engine == "ddp" else 11, STEPS + 1), 1e-5, evaluations=1
     )
