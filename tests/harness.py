@@ -95,11 +95,11 @@ class RankPool:
 
 def _copy_ranks(backend: str, rendezvous: str, pipes: Sequence[Connection], alive: Connection):
     """Make the ranks, and end them when the pool closes or its process is gone."""
-    if backend == "gloo":  # without GPUs: Triton reads it when it is imported, for the whole process
-        os.environ["TRITON_INTERPRET"] = "1"
-    for name in PRELOADED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    if backend == "gloo":
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, for the whole process
+        for name in PRELOADED:  # not where they might look for GPUs, whose driver does not outlive a copy
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     context = mp.get_context("fork")
     args = backend, rendezvous, pipes
     ranks = [context.Process(target=_serve, args=(rank, *args), daemon=True) for rank in range(len(pipes))]
@@ -154,7 +154,7 @@ def _let_go(own: set) -> None:
 def _in_new_group(_group: dist.ProcessGroup, size: int, timeout_s: float, fn: Callable, args: tuple):
     """``fn`` on the first ranks with a group that nobody else has; torch makes one with the help of all ranks.
 
-    The group stays, as torch keeps it: where one goes its connections close, which others would see as a death.
+    It stays until the next case: where a group goes its connections close, which others would see as a death.
     """
     own = dist.new_group(range(size), timedelta(seconds=timeout_s))
     return fn(own, *args) if dist.get_rank() < size else None

@@ -81,7 +81,8 @@ def expected(case: Case) -> dict[str, torch.Tensor]:
     out = {"o": o.detach(), **{"d" + n: t.grad for n, t in leaves.items()}}
     if case.causal:
         out["exits"] = final.detach().view(segments, case.batch, *final.shape[1:])
-    if x["g"] is not None and case.strength > 1.0:  # dg sums q dq - k dk, for a fixed gate over the tokens as well
+    # dg sums q dq - k dk, at strong decay nearly equal; for a fixed gate over the tokens as well, and to one value
+    if x["g"] is not None and (case.strength > 1.0 or case.gate == "fixed"):
         products = [(x[n] * out["d" + n]).detach().sum(-1).abs() for n in "qk"]
         out["terms"] = max(p.sum((0, 1)).max() if case.gate == "fixed" else p.max() for p in products)
     return out
@@ -122,7 +123,7 @@ def actual(
 
 
 def errors(case: Case, operator=None, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Largest error over the largest reference value; for dg at strong decay, over what cancels in it if larger."""
+    """Largest error over the largest reference value; for dg over what cancels in it where much does, if larger."""
     want, found = expected(case), actual(case, operator, dtype)
     terms = want.pop("terms", torch.zeros(()))
     result = {}
@@ -251,9 +252,9 @@ def replaced_layout(_group, gate: str) -> list[dict[str, float]]:
     from lasp import CPContext, linear_attention
 
     generator = torch.Generator().manual_seed(0)
-    shapes = {"fixed": (1,), "token": (1, 100, 1), "channel": (1, 100, 1, 8)}
+    shapes = {"fixed": (1,), "token": (1, 60, 1), "channel": (1, 60, 1, 8)}
     g = None if gate == "none" else -torch.rand(shapes[gate], generator=generator)
-    q, k, v = (torch.randn(1, 100, 1, 8, generator=generator).requires_grad_() for _ in range(3))
+    q, k, v = (torch.randn(1, 60, 1, 8, generator=generator).requires_grad_() for _ in range(3))
     initial = torch.randn(3, 1, 8, 8, generator=generator)
 
     def run(cp):
@@ -262,12 +263,12 @@ def replaced_layout(_group, gate: str) -> list[dict[str, float]]:
         grads = torch.autograd.grad(o.square().sum() + final.square().sum(), [q, k, v])
         return {"o": o, "final": final, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
-    cp, found = CPContext.local((0, 50, 98, 100), replaceable=True), []
+    cp, found = CPContext.local((0, 30, 58, 60), replaceable=True), []
     with small_plan():
         with torch.no_grad():
             linear_attention(q, k, v, g, cp=cp, impl="triton", output_final_state=True)
         places = {id(t): t.data_ptr() for t in _device_tables(cp)}
-        for borders in ((0, 1, 2, 100), (0, 49, 98, 100)):
+        for borders in ((0, 1, 2, 60), (0, 29, 58, 60)):
             cp.replace_layout(borders)
             assert {id(t): t.data_ptr() for t in _device_tables(cp)} == places
             ours, fresh = run(cp), run(CPContext.local(borders))

@@ -2,10 +2,10 @@
 
 import importlib.util
 import json
-from multiprocessing import get_context
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lasp.kernels.triton_linear import tiles as triton_tiles
 from lasp.kernels.triton_linear.tiles import DECAYS, DIMS, KERNELS, Entry, Tile, TileTable, entry, fit, plan, tile_table
@@ -38,7 +38,7 @@ def tune_with_fake_times(_group, path, asked, fastest):
     order = list(tuning.candidates(asked)) * len(tuning.PASSES)
     with mock.patch.dict(os.environ, LASP_TILES=path, LASP_AUTOTUNE="1"):
         cpu = torch.device("cpu")
-        tiles = tuning.tune(asked, cpu, (Forward, Backward), measure, heads=1, length=40, dtype=torch.float32)
+        tiles = tuning.tune(asked, cpu, (Forward, Backward), measure, heads=1, length=16, dtype=torch.float32)
         tile_table().store(asked, tiles)
         return tiles, len(tried), tile_table().tiles(asked)
 
@@ -135,16 +135,15 @@ def test_a_table_that_cannot_be_read_or_written_is_named_before_anything_is_meas
     tile_table().check_writable()
 
 
-def store_many(path, first):
-    for i in range(first, 36, 2):
+def store_many(group, path):
+    for i in range(dist.get_rank(group), 36, 2):
         dim, decay, many = DIMS[i % 3], DECAYS[i % 4], i % 2 == 0
         TileTable(path).store(Entry(i, dim, decay, many, False), dict.fromkeys(KERNELS, Tile(32, 4, 2)))
 
 
-def test_processes_that_measure_side_by_side_keep_each_others_entries(tmp_path):
+def test_processes_that_measure_side_by_side_keep_each_others_entries(ranks, tmp_path):
     path = tmp_path / "tiles.json"
-    with get_context("spawn").Pool(2) as pool:
-        pool.starmap(store_many, [(path, 0), (path, 1)])
+    ranks.run(store_many, path, size=2)
     assert len(json.loads(path.read_text())) == 36
 
 

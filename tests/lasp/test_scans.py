@@ -186,9 +186,9 @@ def even(ranks, nodes):
     return tuple(rank * nodes // ranks for rank in range(ranks))
 
 
-def sent(name, kind, ranks, nodes, layout="contiguous", backward=False):
-    """Messages and bytes that each rank sends, for one document."""
-    line = Line.make(getattr(SequenceLayout, layout)(8 * ranks, ranks), backward=backward)
+def sent(name, kind, ranks, nodes, borders=None, backward=False):
+    """Messages and bytes that each rank sends, by default for one document."""
+    line = Line.make(SequenceLayout.contiguous(borders or 8 * ranks, ranks), backward=backward)
     maps, fixed = random_maps(kind, len(line), line, torch.float32)
     parts = list(algorithms_of(name, line, maps, ranks, even(ranks, nodes)))
     mail = simulate(parts, Wire.of(maps, fixed, None))
@@ -254,6 +254,19 @@ def test_a_document_that_begins_on_a_rank_starts_a_chain_of_its_own():
             parts = list(algorithms_of(name, line, maps, 4, (0, 1, 2, 3)))
             mail = simulate(parts, Wire.of(maps, None, None))
             assert sum(mail.bytes.values()) == expected * HEADS * KEYS * VALUES * 8, name
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_map_that_nobody_wants_stays_home(kind, backward):
+    """Two nodes of two ranks, and a document on each. Inside a node, the carriers of half a state are both ranks.
+
+    The document's first rank gives one half of its map away and the other, as what enters, to its neighbour; nobody
+    continues what its second rank has. No transition: the map begins its document.
+    """
+    messages, size = sent("nodes", kind, 4, 2, borders=(0, 16, 32), backward=backward)
+    order = (lambda values: values[::-1]) if backward else (lambda values: values)
+    assert order(messages) == [2, 0, 2, 0] and order(size) == [STATE, 0, STATE, 0]
 
 
 def test_the_glossarys_line():
