@@ -14,8 +14,7 @@ from lasp.launch.plan.question import Job, device_of
 from lasp.launch.plan.search import make_plan
 from lasp.layout import SequenceLayout
 from lasp.models.config import MixerConfig, ModelConfig
-from lasp.models.features import FEATURES, FeatureMap
-from lasp.models.gates import GATES, DecayGate, Gate
+from lasp.models.gates import GATES, Gate
 from lasp.models.linear_llama import LinearLlama
 from lasp.models.linear_mixer import LinearMixer
 from lasp.models.sizes import LinearSizes
@@ -24,50 +23,10 @@ from lasp.parallel.gpt.weights import to_megatron, to_native
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel
 from tests.doc_lists import LISTS, split
+from tests.lasp.model_entries import Quadratic, entered
 from tests.launch.helpers import tiny_yaml
 from tests.launch.memory_cases import kept_and_counted
 
-
-class Quadratic(DecayGate):
-    """g = -exp(rate) z^2, with a rate per head."""
-
-    per_head = ("bias", "rate")
-
-    def __init__(self, *args, device=None, dtype=None):
-        super().__init__(*args, device=device, dtype=dtype)
-        self.rate = nn.Parameter(torch.empty(self.heads, device=device, dtype=dtype))
-
-    def init_parameters(self, generator=None):
-        super().init_parameters(generator)
-        nn.init.constant_(self.rate, -1.0)
-
-    def log_decay(self, z):
-        return -self.rate.to(z.dtype).exp()[:, None] * z.square()
-
-
-class Halves(nn.Module):
-    """phi(x) = ((w x)^2, max(w x, 0)), twice as wide as x."""
-
-    def __init__(self, key_dim, *, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(key_dim, device=device, dtype=dtype))
-
-    def init_parameters(self, generator=None):
-        nn.init.ones_(self.weight)
-
-    def forward(self, x):
-        y = x * self.weight
-        return torch.cat([y.square(), y.relu()], -1)
-
-
-QUADRATIC = Gate(Quadratic, "-exp(rate) z^2", kept={"cpu": 3, "cuda": 3})  # z, its square, g
-HALVES = FeatureMap(
-    lambda key_dim, width, **place: Halves(key_dim, **place),
-    "(w x)^2 and max(w x, 0)",
-    width=lambda key_dim: 2 * key_dim,
-    non_negative=True,
-    keeps_keys=3,  # x, w x, max(w x, 0)
-)
 MIXERS = {
     "gate": {"decay": "scalar", "gate": "quadratic", "feature": "silu"},
     "gate per channel": {"decay": "channel", "gate": "quadratic", "gate_rank": 4},
@@ -76,15 +35,9 @@ MIXERS = {
 }
 
 
-def entered() -> tuple:
-    """The two entries, in their tables and nowhere else."""
-    return mock.patch.dict(GATES, quadratic=QUADRATIC), mock.patch.dict(FEATURES, halves=HALVES)
-
-
 @pytest.fixture
 def entries():
-    gate, feature = entered()
-    with gate, feature:
+    with entered():
         yield
 
 
@@ -186,8 +139,7 @@ def test_heads_are_cut_by_what_the_gate_says(entries, mixer):
 
 def traced(group, config, dtype, cp_size):
     """One step of a rank, with the entries in the tables of its process."""
-    gate, feature = entered()
-    with gate, feature:
+    with entered():
         mesh = Mesh.build(cp_size, 1, group) if cp_size > 1 else Mesh.build()
         tokens = torch.randint(0, config.vocab_size, (1, 48), generator=torch.Generator().manual_seed(1))
         layout = SequenceLayout.zigzag((0, 5, 30, 48), cp_size)
