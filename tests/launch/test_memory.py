@@ -12,6 +12,8 @@ from lasp.launch.plan.activations import Load, saved_by_block
 from lasp.launch.plan.memory import Setup, block_sizes, predict_memory, total
 from lasp.layout import SequenceLayout
 from lasp.models.config import ModelConfig
+from lasp.models.features import FEATURES
+from lasp.models.gates import GATES
 from lasp.models.linear_llama import LinearLlama
 from lasp.models.presets import MIXER_PRESETS
 from lasp.parallel.engines.build import build_engine
@@ -21,7 +23,10 @@ from lasp.parallel.objective import Batch
 from tests.launch.memory_cases import LENGTH, ROWS, WIDTHS, config_of, kept_and_counted
 
 CONV = {"decay": "scalar", "gate": "mamba", "conv_width": 4, "conv_activation": "silu", "out_gate": "sigmoid"}
-KINDS = {name: {"mixer": name} for name in MIXER_PRESETS} | {
+ENTRIES = {f"gate {name}": {"decay": "channel", "gate": name} for name in GATES}
+ENTRIES |= {f"feature {name}": {"feature": name, "key_dim": 16} for name in FEATURES}
+MIXERS = ENTRIES | {name: name for name in MIXER_PRESETS}
+KINDS = {name: {"mixer": mixer} for name, mixer in MIXERS.items()} | {
     "conv": {"mixer": CONV},
     "conv and rank": {"mixer": {"preset": "gla", "conv_width": 4, "conv_activation": "silu", "out_gate_rank": 8}},
     "full norm": {"mixer": {"out_norm": "full_rms", "decay": "scalar", "gate": "logsigmoid"}},
