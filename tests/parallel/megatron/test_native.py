@@ -15,10 +15,18 @@ from lasp.parallel.gpt.weights import padded_vocab_size, to_megatron, to_native
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch
 from tests.harness import relative_error
+from tests.lasp.model_entries import entered
 from tests.parallel.megatron.world import Case, enter_mesh, on_cpu
 
 DOCUMENTS = (0, 5, 6, 6, 31, 48)  # of any length, one of them empty
 HELD_OUT = ((0, 20, 28), (0, 26))  # the second one is shorter, though not on every one of four cp ranks
+
+
+@pytest.fixture(autouse=True)
+def _entries():
+    """A gate and a feature map of the tests' own, here as in the ranks."""
+    with entered():
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +67,7 @@ def traced(_, run):
 
     enter_mesh(Case(tp=run.tp, pp=run.pp, cp=run.cp, vp=run.virtual_stages))
     mesh = current_mesh(torch.device("cpu"))
-    with comm.record() as ledger:
+    with entered(), comm.record() as ledger:
         options = {"virtual_stages": run.virtual_stages, "sequence_parallel": run.sequence_parallel}
         return trace_step(*make(run, mesh), mesh, **options), dict(ledger.calls)
 
@@ -100,6 +108,7 @@ RUNS = {
         {"mixer": {"decay": "fixed", "slopes": "retnet", "position": "rope", "out_gate": "silu"}}, tp=4, cp=2
     ),
     "learnt features": Run({"mixer": {"feature": "hadamard", "feature_dim": 6}, "rope_theta": 500.0}, tp=4, cp=2),
+    "own gate and map": Run({"mixer": {"decay": "channel", "gate": "quadratic", "feature": "halves"}}, tp=4, cp=2),
     "softmax": Run({"pattern": "S", "kv_heads": 1, "head_dim": 12}, tp=4, cp=2, layout="zigzag"),
     "narrow keys": Run({"mixer": {"heads": 2, "key_dim": 6, "value_dim": 6}}, tp=2, pp=2, cp=2),
     "state space": Run({"mixer": {"decay": "scalar", "gate": "mamba", **CONVOLUTION}}, pp=2, cp=4),
