@@ -142,8 +142,8 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
     """
     from lasp.launch.launchers.local import run_local
 
-    num_ranks = cp_size * config.tp_size * config.pp_size
-    if num_ranks < 2:
+    several = config.model_copy(update={"cp_size": cp_size, "dp_size": 1})
+    if several.num_ranks < 2:
         raise ValueError(f"cp_size must be at least 2 to compare with one rank, got {cp_size}. Pass --cp 2.")
     if config.wire_dtype is not None:
         raise ValueError(
@@ -152,10 +152,10 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
         )
     only = {"backend": "native", "tp_size": 1, "pp_size": 1, "cp_size": 1, "dp_size": 1, "megatron": MegatronConfig()}
     one = config.model_copy(update=only)
-    many = checked({**config.plain(), "cp_size": cp_size, "dp_size": 1}, f"--cp {cp_size}")
+    many = checked(several.plain(), f"--cp {cp_size}")
     with tempfile.TemporaryDirectory(prefix="lasp-verify-") as directory:
-        run_local(many, num_ranks, "lasp.launch.verify:verify_rank", output=directory)
-        ranks = [load_file(Path(directory) / f"rank-{rank}.safetensors") for rank in range(num_ranks)]
+        run_local(many, many.num_ranks, "lasp.launch.verify:verify_rank", output=directory)
+        ranks = [load_file(Path(directory) / f"rank-{rank}.safetensors") for rank in range(many.num_ranks)]
     parts = ranks if config.backend == "native" else _joined(ranks, many)
     truth = trace_config(one, torch.float64)
     single = trace_config(one, config.torch_dtype)
@@ -170,7 +170,9 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
     findings = compare(truth, single, parts, layout)
     say(_table(findings, layout, config))
     difference = explain(findings, config.model.layer_kinds)
-    mesh = f"cp = {cp_size}" if num_ranks == cp_size else f"tp {config.tp_size} x pp {config.pp_size} x cp {cp_size}"
+    mesh = f"cp = {cp_size}"
+    if many.num_ranks > cp_size:
+        mesh = f"tp {config.tp_size} x pp {config.pp_size} x cp {cp_size}"
     equal = "equals cp = 1" if config.backend == "native" else "on Megatron equals the native model on one rank"
     say(f"FAIL: {difference}" if difference else f"PASS: {mesh} {equal} in every tensor.")
     return 1 if difference else 0

@@ -84,7 +84,7 @@ def _connected(config: RunConfig) -> Iterator[None]:
 
 def _local_cpus(config: RunConfig) -> int:
     """What a Ray of our own may hand out: the cores, or more where more ranks are asked for, as any local run can."""
-    ranks = config.ray.num_workers or config.ranks_per_sequence * (config.dp_size or 1)
+    ranks = config.ray.num_workers or config.num_ranks
     return max(os.cpu_count() or 1, ranks * config.ray.cpus_per_worker)
 
 

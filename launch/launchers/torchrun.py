@@ -71,7 +71,7 @@ def job_shape(config: RunConfig) -> JobShape:
         ValueError: at some number of nodes the sizes do not fit the ranks.
     """
     low, high = config.torchrun.node_range
-    grid = config.tp_size * config.pp_size * config.cp_size
+    grid = config.ranks_per_sequence
     sizes = f"tp_size * pp_size * cp_size = {config.tp_size} * {config.pp_size} * {config.cp_size} = {grid}"
     if config.dp_size is not None and low != high:
         raise ValueError(
@@ -80,7 +80,7 @@ def job_shape(config: RunConfig) -> JobShape:
         )
     ranks = config.torchrun.ranks_per_node
     if ranks is None:
-        total = grid * (config.dp_size or 1)
+        total = config.num_ranks
         if total % low:
             raise ValueError(
                 f"{total} ranks (dp_size = {config.dp_size or 1} times {sizes}) cannot be spread evenly over "

@@ -186,7 +186,7 @@ def main(config: str, overrides: tuple[str, ...], launcher: str, kills: int, nod
     for folder in (calm, killed):
         if folder.exists():
             raise click.ClickException(f"{folder} exists. Remove it, or choose another run_dir=.")
-    ranks = base.tp_size * base.pp_size * base.cp_size * (base.dp_size or 1)
+    ranks = base.num_ranks
     full = [ranks // nodes] * nodes
     if ranks % nodes:
         raise click.ClickException(f"{ranks} ranks cannot be spread over {nodes} nodes. Change the sizes.")
