@@ -13,8 +13,9 @@ from rich.table import Table
 from lasp.cost import EXCHANGES, choose, estimate
 from lasp.cost.fabric import Fabric
 from lasp.launch.config.schema import RunConfig, checked, load_config
+from lasp.launch.config.sizes import parse_bytes, parse_size
 from lasp.launch.plan.candidates import Candidate, describe
-from lasp.launch.plan.question import Job, device_of, parse_bytes, parse_size
+from lasp.launch.plan.question import Job, device_of
 from lasp.launch.plan.roofline import EFFICIENCY, widest_head
 from lasp.launch.plan.search import Plan, make_plan, nothing_fits
 from lasp.models.config import ModelConfig
@@ -55,7 +56,7 @@ def plan_command(
     job = Job(
         model=_model_of(model, run),
         seq_len=run.data.seq_len if seq_len is None else parse_size(seq_len, "seq-len"),
-        gpus=_ranks_of(run) if gpus is None else gpus,
+        gpus=run.num_ranks if gpus is None else gpus,
         fabric=wires,
         device=device_of(device, wires),
         batch=batch if batch is not None else run.data.batch_size if run else 1,
@@ -105,10 +106,6 @@ def _model_of(name: str, run: RunConfig | None) -> ModelConfig:
             "configs/quickstart.yaml."
         )
     return ModelConfig.preset(name)
-
-
-def _ranks_of(run: RunConfig) -> int:
-    return run.ranks_per_sequence * (run.dp_size or 1)
 
 
 def _heading(name: str, plan: Plan) -> str:

@@ -11,9 +11,10 @@ from lasp import cost
 from lasp.cost.fabric import Fabric
 from lasp.launch.cli import cli
 from lasp.launch.config.schema import checked
+from lasp.launch.config.sizes import parse_bytes, parse_size
 from lasp.launch.plan import search as plan
 from lasp.launch.plan.activations import Load
-from lasp.launch.plan.question import Job, device_of, parse_bytes, parse_size
+from lasp.launch.plan.question import Job, device_of
 from lasp.launch.plan.roofline import EFFICIENCY, predict_work
 from lasp.launch.plan.search import make_plan, nothing_fits
 from lasp.models.config import ModelConfig
