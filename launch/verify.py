@@ -27,6 +27,7 @@ from lasp.launch.data.tokenizer import load_tokenizer
 from lasp.launch.run.backends import backend_mesh
 from lasp.launch.run.rendezvous import Job, choose_device, process_group
 from lasp.layout import SequenceLayout
+from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
 from lasp.parallel.gpt.traces import join_traces
 from lasp.parallel.mesh import Mesh
@@ -168,7 +169,7 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
         say(f"engine={config.engine} takes no part: the model's operators and gradients are compared, no engine's.")
     layout = getattr(SequenceLayout, config.layout)(batch.cp.layout.cu_seqlens_global, cp_size)
     findings = compare(truth, single, parts, layout)
-    say(_table(findings, layout, config))
+    say(_table(findings, layout, config.layout, config.model.layer_kinds, config.dtype))
     difference = explain(findings, config.model.layer_kinds)
     mesh = f"cp = {cp_size}"
     if many.num_ranks > cp_size:
@@ -191,7 +192,8 @@ def verify_rank(config: RunConfig, output: str) -> None:
 def trace_config(config: RunConfig, dtype: torch.dtype, mesh: Mesh | None = None) -> Trace:
     """The trace of the model and the first batch of ``config``, computed in ``dtype``."""
     mesh = Mesh.build(device=choose_device(config.device, Job())) if mesh is None else mesh
-    model, batches = make_model(config, dtype, mesh), first_batches(config, mesh)
+    model = make_model(config.model, config.seed, config.torch_dtype).to(mesh.device, dtype)
+    batches = first_batches(config, mesh)
     if config.backend == "native":
         return trace_step(model, *batches, mesh)
     from lasp.parallel.megatron import trace
@@ -206,10 +208,9 @@ def _joined(ranks: list[Trace], config: RunConfig) -> list[Trace]:
     return join_traces(ranks, config.model, config.tp_size, config.cp_size, sequence_parallel=sequence_parallel)
 
 
-def make_model(config: RunConfig, dtype: torch.dtype, mesh: Mesh) -> LinearLlama:
-    """The untrained model, its values rounded as the run rounds them and then computed with in ``dtype``."""
-    model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed))
-    return model.to(config.torch_dtype).to(mesh.device, dtype)
+def make_model(config: ModelConfig, seed: int, dtype: torch.dtype) -> LinearLlama:
+    """The untrained model of a run, its values rounded to ``dtype`` as the run rounds them."""
+    return LinearLlama(config, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def first_batches(config: RunConfig, mesh: Mesh) -> tuple[Batch, list[Batch]]:
@@ -263,20 +264,20 @@ def _layer(index: int, layer_kinds: str) -> str:
     return f"layer {index} ({'linear' if layer_kinds[index] == 'L' else 'softmax'})"
 
 
-def _table(findings: list[Finding], layout: SequenceLayout, config: RunConfig) -> str:
+def _table(findings: list[Finding], layout: SequenceLayout, layout_name: str, layer_kinds: str, dtype: str) -> str:
     """One line per layer, the parameters, and the scalars: error over budget."""
     documents, total = layout.num_documents, layout.total_tokens
     lines = [
-        f"{total:,} tokens in {documents} document(s), {config.layout} over {layout.cp_size} ranks, {config.dtype}; "
+        f"{total:,} tokens in {documents} document(s), {layout_name} over {layout.cp_size} ranks, {dtype}; "
         "error / budget (above 1: not rounding)"
     ]
     ratio = {f.name: f.error / f.budget if f.budget else float(f.error > 0) for f in findings}
     show = lambda name: f"{ratio[name]:8.3f}" if name in ratio else "       -"  # noqa: E731
     lines.append(f"{'':24}{'output':>8} {'gradient':>8} {'parameters':>10}")
-    for index in range(-1, len(config.model.layer_kinds)):
+    for index in range(-1, len(layer_kinds)):
         own = [r for n, r in ratio.items() if n.startswith(f"{PARAMETER}.layers.{index}.")]
         own = f"{max(own):10.3f}" if own else ""
-        name = _layer(index, config.model.layer_kinds)
+        name = _layer(index, layer_kinds)
         lines.append(f"{name:24}{show(f'{OUTPUT}.{index}')} {show(f'{GRADIENT}.{index}')} {own}")
     rest = [r for n, r in ratio.items() if n.startswith(PARAMETER) and ".layers." not in n]
     lines.append(f"{'other parameters':24}{'':18}{max(rest):10.3f}")

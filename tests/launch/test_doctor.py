@@ -119,11 +119,12 @@ def test_checkpoints_are_counted_as_they_are_kept(tmp_path):
     assert doctor.checkpoint_bytes(wide) == 2 * 2 * one
 
 
-def test_sequences_across_machines_are_said(tmp_path):
-    config = tiny_config(tmp_path, "cp_size=2")
-    rows = doctor.drawing(config, [("a", "cpu", 0, 0), ("b", "cpu", 0, 1), ("b", "cpu", 1, 0), ("b", "cpu", 1, 1)])
+def test_sequences_across_machines_are_said():
+    rows = doctor.drawing(
+        "contiguous", 64, 2, [("a", "cpu", 0, 0), ("b", "cpu", 0, 1), ("b", "cpu", 1, 0), ("b", "cpu", 1, 1)]
+    )
     assert rows["layout"]["across machines"].startswith("the sequences of dp rank(s) 0:")
-    many = doctor.drawing(config, [("a", "cpu", n // 2, n % 2) for n in range(64)])["layout"]
+    many = doctor.drawing("contiguous", 64, 2, [("a", "cpu", n // 2, n % 2) for n in range(64)])["layout"]
     assert many["..."] == "and 32 more ranks" and "rank 31" in many and "rank 32" not in many
 
 
