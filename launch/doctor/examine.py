@@ -24,7 +24,7 @@ import torch.distributed as dist
 from lasp import comm, linear
 from lasp.kernels import softmax
 from lasp.launch.config.schema import RunConfig
-from lasp.launch.doctor import host
+from lasp.launch.doctor import machine
 from lasp.launch.run import preflight
 from lasp.launch.run.backends import backend_mesh
 from lasp.launch.run.rendezvous import Job, choose_device, process_group
@@ -47,7 +47,7 @@ _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 class Findings:
     """What a rank has to say: titles with rows, name to text, and what is wrong."""
 
-    tables: dict[str, host.Rows] = field(default_factory=dict)
+    tables: dict[str, machine.Rows] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -101,15 +101,15 @@ def _machine(config: RunConfig | None, job: Job, hosts: int) -> Findings:
     found = Findings()
     cuda = torch.cuda.is_available() and (config is None or config.device != "cpu")
     wanted = "cpu" if config is None else config.device
-    found.tables["versions"] = host.versions()
-    found.tables["devices"] = host.devices(wanted, job.local_world_size, found.problems)
-    found.tables["network"] = host.network(hosts, found.problems)
+    found.tables["versions"] = machine.versions()
+    found.tables["devices"] = machine.devices(wanted, job.local_world_size, found.problems)
+    found.tables["network"] = machine.network(hosts, found.problems)
     endpoint = None if config is None or hosts > 1 or job.world_size > 1 else config.torchrun.endpoint
-    found.tables["ports"] = host.ports(endpoint, found.problems)
-    found.tables["shared memory"] = host.shared_memory(job.local_world_size, cuda, found.problems)
+    found.tables["ports"] = machine.ports(endpoint, found.problems)
+    found.tables["shared memory"] = machine.shared_memory(job.local_world_size, cuda, found.problems)
     if config is not None:
-        found.tables["disk"] = host.disk(config.run_dir, checkpoint_bytes(config), found.problems)
-    found.tables["limits of a process"] = host.limits(job.world_size, cuda, found.problems)
+        found.tables["disk"] = machine.disk(config.run_dir, checkpoint_bytes(config), found.problems)
+    found.tables["limits of a process"] = machine.limits(job.world_size, cuda, found.problems)
     return found
 
 
@@ -143,7 +143,7 @@ def _skew_problems(skews: list[float], hosts: list[str]) -> list[str]:
     ]
 
 
-def bandwidths(mesh: Mesh) -> host.Rows:
+def bandwidths(mesh: Mesh) -> machine.Rows:
     """How fast each group of this rank gathers messages of several sizes."""
     rows = {}
     for name, group in (("world", mesh.world_group), ("cp", mesh.cp_group), ("dp", mesh.dp_group)):
@@ -175,7 +175,9 @@ def _bytes(size: int) -> str:
     return f"{size // 2**20} MiB" if size >= 2**20 else f"{size // 2**10} KiB"
 
 
-def drawing(layout_name: str, total: int, cp_size: int, seats: list[tuple[str, str, int, int]]) -> dict[str, host.Rows]:
+def drawing(
+    layout_name: str, total: int, cp_size: int, seats: list[tuple[str, str, int, int]]
+) -> dict[str, machine.Rows]:
     """Which rank owns which tokens, as a bar of the sequence and as a table.
 
     Args:
@@ -206,7 +208,7 @@ def drawing(layout_name: str, total: int, cp_size: int, seats: list[tuple[str, s
     return {"layout": rows}
 
 
-def implementations(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> host.Rows:
+def implementations(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> machine.Rows:
     """What ``impl="auto"`` takes for the layers of the model on this device, and why."""
     rows = {}
     if "L" in model.layer_kinds:

@@ -12,7 +12,7 @@ from lasp.parallel.engines.table import ENGINES
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """What is to be planned.
 
     Attributes:

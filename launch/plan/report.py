@@ -15,7 +15,7 @@ from lasp.cost.fabric import Fabric
 from lasp.launch.config.schema import checked, load_config
 from lasp.launch.config.sizes import parse_bytes, parse_size
 from lasp.launch.plan.candidates import Candidate, describe
-from lasp.launch.plan.question import Job, device_of
+from lasp.launch.plan.question import PlannedJob, device_of
 from lasp.launch.plan.roofline import EFFICIENCY, widest_head
 from lasp.launch.plan.search import Plan, make_plan, nothing_fits
 from lasp.models.config import ModelConfig
@@ -53,7 +53,7 @@ def plan_command(
     if run is None and (seq_len is None or gpus is None):
         raise ValueError("--seq-len and --gpus are needed with a preset: only a run's YAML file has its own.")
     wires = Fabric.of(fabric)
-    job = Job(
+    job = PlannedJob(
         model=_planned(run.model if run else _preset(model)),
         seq_len=run.data.seq_len if seq_len is None else parse_size(seq_len, "seq-len"),
         gpus=run.num_ranks if gpus is None else gpus,
@@ -167,7 +167,7 @@ def _row(plan: Plan, c: Candidate) -> list[str]:
     return [*mesh, c.engine, exchange or "-", *made, f"{c.tokens_per_s:.0f}", share, f"{c.memory.peak / 1e9:.1f}", why]
 
 
-def exchange_table(c: Candidate, job: Job) -> Table:
+def exchange_table(c: Candidate, job: PlannedJob) -> Table:
     """All exchanges of one linear layer, forward."""
     table = Table(title=f"One exchange of a linear layer over cp {c.cp}, forward (predicted)")
     for name in ("exchange", "slices", "ms", "messages", "MB sent"):
