@@ -26,7 +26,7 @@ import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
 from lasp import SequenceLayout, comm
-from lasp.launch.doctor.host import processor
+from lasp.launch.doctor.machine import processor
 from lasp.launch.run.rendezvous import open_store
 from lasp.launch.versions import commit
 from lasp.models.config import ModelConfig

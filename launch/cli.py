@@ -74,7 +74,6 @@ def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool
 
         return run_ray(run)
     job = Job.from_environment()
-    num_ranks = run.tp_size * run.pp_size * run.cp_size * (run.dp_size or 1)
     if print_only or slurm:
         from lasp.launch.launchers import torchrun
 
@@ -87,10 +86,10 @@ def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool
         from lasp.launch.launchers.torchrun import run_node
 
         run_node(run, [config, *overrides])
-    elif job is None and num_ranks > 1:
+    elif job is None and run.num_ranks > 1:
         from lasp.launch.launchers.local import run_local
 
-        run_local(run, num_ranks)
+        run_local(run, run.num_ranks)
     else:
         from lasp.launch.train import train as train_on_this_rank
 
@@ -116,15 +115,14 @@ def doctor(config: str | None, overrides: tuple[str, ...], **sizes: int | None) 
         return doctor.examine(None)
     overrides = tuple(_with_aliases(overrides, **sizes))
     run = load_config(config, overrides)
-    num_ranks = run.tp_size * run.pp_size * run.cp_size * (run.dp_size or 1)
     if Job.from_environment() is None and run.launcher == "torchrun":
         from lasp.launch.launchers.torchrun import run_node
 
         run_node(run, [config, *overrides], work="doctor")
-    elif Job.from_environment() is None and num_ranks > 1:
+    elif Job.from_environment() is None and run.num_ranks > 1:
         from lasp.launch.launchers.local import run_local
 
-        run_local(run, num_ranks, doctor.WORK)
+        run_local(run, run.num_ranks, doctor.WORK)
     else:
         doctor.examine(run)
 

@@ -77,10 +77,12 @@ def train_on_mesh(
     data = _open_data(config, tokenizer, mesh)
     engine = make_engine(config, mesh)
     position, notes = resume(config, engine, mesh, tokenizer, store)
-    report = Report(config, engine.step_count, active=mesh.is_first, store=store)
+    report = Report(config.run_dir, config.steps, config.log, engine.step_count, active=mesh.is_first, store=store)
     exchanges = exchange_rows(config, mesh)
     report.table("run", run_rows(config, mesh, engine.num_parameters, data, exchanges))
-    _say_where_it_begins(report, engine.step_count, config, [*notes, *([data.unmeasured] if data.unmeasured else [])])
+    for note in [*notes, *([data.unmeasured] if data.unmeasured else [])]:
+        report.warn(note)
+    _say_where_it_begins(report, engine.step_count, config.steps, config.run_dir)
 
     directory, settings = config.run_dir / "checkpoints", config.checkpoint
     saver = Saver(directory, mesh, keep=settings.keep, background=settings.background, group=writers)
@@ -111,7 +113,9 @@ def train_on_mesh(
         report.say(f"stopped at step {engine.step_count} of {config.steps}; saved {saved}. Run again to go on.")
     _summarise(report, engine, mesh, config.run_dir, config.steps, position - first_position, elapsed_s)
     if mesh.is_first and config.log.sample_tokens and saved and complete:
-        _say_sample(report, saved, tokenizer, data, config, mesh.device)
+        model = load_model(saved)[0].to(mesh.device, config.torch_dtype)
+        prompt, more = data.opening(_PROMPT_TOKENS), config.log.sample_tokens
+        report.say(f"\nsample\n{_printable(sample_text(model, tokenizer, prompt, more, seed=config.seed))}")
 
 
 def _open_data(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> RunData:
@@ -129,14 +133,12 @@ def _open_data(config: RunConfig, tokenizer: Tokenizer, mesh: Mesh) -> RunData:
     )
 
 
-def _say_where_it_begins(report: Report, step: int, config: RunConfig, notes: list[str]) -> None:
-    for note in notes:
-        report.warn(note)
+def _say_where_it_begins(report: Report, step: int, steps: int, run_dir: Path) -> None:
     if step:
-        report.say(f"resumed at step {step} of {config.steps}")
-    if step >= config.steps:
+        report.say(f"resumed at step {step} of {steps}")
+    if step >= steps:
         report.say(
-            f"{config.run_dir} already holds step {step} of {config.steps}. Raise steps=, choose another run_dir=, or "
+            f"{run_dir} already holds step {step} of {steps}. Raise steps=, choose another run_dir=, or "
             "start over with checkpoint.resume=false."
         )
 
@@ -187,16 +189,6 @@ def _summarise(
         peaks=peaks,
     )
     report.table("summary", rows)
-
-
-def _say_sample(
-    report: Report, saved: Path, tokenizer: Tokenizer, data: RunData, config: RunConfig, device: torch.device
-) -> None:
-    """What the trained model writes after the opening of a document."""
-    model = load_model(saved)[0].to(device, config.torch_dtype)
-    prompt = data.opening(_PROMPT_TOKENS)
-    text = sample_text(model, tokenizer, prompt, config.log.sample_tokens, seed=config.seed)
-    report.say(f"\nsample\n{_printable(text)}")
 
 
 def _printable(text: str) -> str:

@@ -27,6 +27,7 @@ from lasp.launch.data.tokenizer import load_tokenizer
 from lasp.launch.run.backends import backend_mesh
 from lasp.launch.run.rendezvous import Job, choose_device, process_group
 from lasp.layout import SequenceLayout
+from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
 from lasp.parallel.gpt.traces import join_traces
 from lasp.parallel.mesh import Mesh
@@ -142,8 +143,8 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
     """
     from lasp.launch.launchers.local import run_local
 
-    num_ranks = cp_size * config.tp_size * config.pp_size
-    if num_ranks < 2:
+    several = config.model_copy(update={"cp_size": cp_size, "dp_size": 1})
+    if several.num_ranks < 2:
         raise ValueError(f"cp_size must be at least 2 to compare with one rank, got {cp_size}. Pass --cp 2.")
     if config.wire_dtype is not None:
         raise ValueError(
@@ -152,10 +153,10 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
         )
     only = {"backend": "native", "tp_size": 1, "pp_size": 1, "cp_size": 1, "dp_size": 1, "megatron": MegatronConfig()}
     one = config.model_copy(update=only)
-    many = checked({**config.plain(), "cp_size": cp_size, "dp_size": 1}, f"--cp {cp_size}")
+    many = checked(several.plain(), f"--cp {cp_size}")
     with tempfile.TemporaryDirectory(prefix="lasp-verify-") as directory:
-        run_local(many, num_ranks, "lasp.launch.verify:verify_rank", output=directory)
-        ranks = [load_file(Path(directory) / f"rank-{rank}.safetensors") for rank in range(num_ranks)]
+        run_local(many, many.num_ranks, "lasp.launch.verify:verify_rank", output=directory)
+        ranks = [load_file(Path(directory) / f"rank-{rank}.safetensors") for rank in range(many.num_ranks)]
     parts = ranks if config.backend == "native" else _joined(ranks, many)
     truth = trace_config(one, torch.float64)
     single = trace_config(one, config.torch_dtype)
@@ -168,9 +169,11 @@ def verify(config: RunConfig, cp_size: int, *, say: Callable[[str], None] = prin
         say(f"engine={config.engine} takes no part: the model's operators and gradients are compared, no engine's.")
     layout = getattr(SequenceLayout, config.layout)(batch.cp.layout.cu_seqlens_global, cp_size)
     findings = compare(truth, single, parts, layout)
-    say(_table(findings, layout, config))
+    say(_table(findings, layout, config.layout, config.model.layer_kinds, config.dtype))
     difference = explain(findings, config.model.layer_kinds)
-    mesh = f"cp = {cp_size}" if num_ranks == cp_size else f"tp {config.tp_size} x pp {config.pp_size} x cp {cp_size}"
+    mesh = f"cp = {cp_size}"
+    if many.num_ranks > cp_size:
+        mesh = f"tp {config.tp_size} x pp {config.pp_size} x cp {cp_size}"
     equal = "equals cp = 1" if config.backend == "native" else "on Megatron equals the native model on one rank"
     say(f"FAIL: {difference}" if difference else f"PASS: {mesh} {equal} in every tensor.")
     return 1 if difference else 0
@@ -189,7 +192,8 @@ def verify_rank(config: RunConfig, output: str) -> None:
 def trace_config(config: RunConfig, dtype: torch.dtype, mesh: Mesh | None = None) -> Trace:
     """The trace of the model and the first batch of ``config``, computed in ``dtype``."""
     mesh = Mesh.build(device=choose_device(config.device, Job())) if mesh is None else mesh
-    model, batches = make_model(config, dtype, mesh), first_batches(config, mesh)
+    model = make_model(config.model, config.seed, config.torch_dtype).to(mesh.device, dtype)
+    batches = first_batches(config, mesh)
     if config.backend == "native":
         return trace_step(model, *batches, mesh)
     from lasp.parallel.megatron import trace
@@ -204,10 +208,9 @@ def _joined(ranks: list[Trace], config: RunConfig) -> list[Trace]:
     return join_traces(ranks, config.model, config.tp_size, config.cp_size, sequence_parallel=sequence_parallel)
 
 
-def make_model(config: RunConfig, dtype: torch.dtype, mesh: Mesh) -> LinearLlama:
-    """The untrained model, its values rounded as the run rounds them and then computed with in ``dtype``."""
-    model = LinearLlama(config.model, generator=torch.Generator().manual_seed(config.seed))
-    return model.to(config.torch_dtype).to(mesh.device, dtype)
+def make_model(config: ModelConfig, seed: int, dtype: torch.dtype) -> LinearLlama:
+    """The untrained model of a run, its values rounded to ``dtype`` as the run rounds them."""
+    return LinearLlama(config, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def first_batches(config: RunConfig, mesh: Mesh) -> tuple[Batch, list[Batch]]:
@@ -261,20 +264,20 @@ def _layer(index: int, layer_kinds: str) -> str:
     return f"layer {index} ({'linear' if layer_kinds[index] == 'L' else 'softmax'})"
 
 
-def _table(findings: list[Finding], layout: SequenceLayout, config: RunConfig) -> str:
+def _table(findings: list[Finding], layout: SequenceLayout, layout_name: str, layer_kinds: str, dtype: str) -> str:
     """One line per layer, the parameters, and the scalars: error over budget."""
     documents, total = layout.num_documents, layout.total_tokens
     lines = [
-        f"{total:,} tokens in {documents} document(s), {config.layout} over {layout.cp_size} ranks, {config.dtype}; "
+        f"{total:,} tokens in {documents} document(s), {layout_name} over {layout.cp_size} ranks, {dtype}; "
         "error / budget (above 1: not rounding)"
     ]
     ratio = {f.name: f.error / f.budget if f.budget else float(f.error > 0) for f in findings}
     show = lambda name: f"{ratio[name]:8.3f}" if name in ratio else "       -"  # noqa: E731
     lines.append(f"{'':24}{'output':>8} {'gradient':>8} {'parameters':>10}")
-    for index in range(-1, len(config.model.layer_kinds)):
+    for index in range(-1, len(layer_kinds)):
         own = [r for n, r in ratio.items() if n.startswith(f"{PARAMETER}.layers.{index}.")]
         own = f"{max(own):10.3f}" if own else ""
-        name = _layer(index, config.model.layer_kinds)
+        name = _layer(index, layer_kinds)
         lines.append(f"{name:24}{show(f'{OUTPUT}.{index}')} {show(f'{GRADIENT}.{index}')} {own}")
     rest = [r for n, r in ratio.items() if n.startswith(PARAMETER) and ".layers." not in n]
     lines.append(f"{'other parameters':24}{'':18}{max(rest):10.3f}")

@@ -20,9 +20,9 @@ from lasp.cost.fabric import Fabric
 from lasp.exchange import AUTO
 from lasp.launch.bench.exchange_cell import NAMES, TOLERANCE, case_of, difference, time_exchanges
 from lasp.launch.bench.fabric import measure_fabric
-from lasp.launch.bench.options import readable, readable_rate
 from lasp.launch.bench.ranks import MAX_PROCESSES, Ranks, virtual_ranks
 from lasp.launch.bench.virtual_cluster import VirtualCluster
+from lasp.launch.config.sizes import readable, readable_rate
 
 HOSTS, RANKS = (2, 3, 4, 6, 8), (1, 2)
 SIZES = (256 << 10, 1 << 20, 2 << 20, 8 << 20)

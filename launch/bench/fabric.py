@@ -20,8 +20,8 @@ from lasp import comm
 from lasp.cost import Case, estimate
 from lasp.cost.fabric import Fabric, Link
 from lasp.launch.bench.exchange_cell import time_exchanges
-from lasp.launch.bench.options import readable
 from lasp.launch.bench.ranks import Ranks
+from lasp.launch.config.sizes import readable
 from lasp.parallel.mesh import Mesh
 
 SIZES = (1 << 10, 1 << 14, 1 << 16, 1 << 18, 1 << 20)

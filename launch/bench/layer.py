@@ -24,9 +24,9 @@ from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.cost.fabric import Fabric
 from lasp.launch.bench.baselines import METHODS, Method
 from lasp.launch.bench.exchange_cell import context_over
-from lasp.launch.bench.options import readable
 from lasp.launch.bench.ranks import Ranks
 from lasp.launch.bench.results import table
+from lasp.launch.config.sizes import readable
 from lasp.linear import operator_of
 from lasp.parallel.mesh import Mesh
 

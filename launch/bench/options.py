@@ -1,11 +1,10 @@
-"""The words of the benchmarks' options: lists, sizes like 256K, rates like 400M."""
+"""Lists in the benchmarks' options: counts, sizes like 256K, rates like 400M, names."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-_SIZES = {"K": 2**10, "M": 2**20, "G": 2**30}
-_RATES = {"K": 10**3, "M": 10**6, "G": 10**9}
+from lasp.launch.config.sizes import parse_rate, parse_size
 
 
 def counts(name: str, text: str, least: int = 1, most: int | None = None) -> list[int]:
@@ -29,7 +28,7 @@ def sizes(name: str, text: str) -> list[int]:
     Raises:
         ValueError: what is no size above 0.
     """
-    return [_scaled(name, part, _SIZES, "bytes, like 256K or 2M") for part in _parts(name, text)]
+    return [parse_size(part, name) for part in _parts(name, text)]
 
 
 def rates(name: str, text: str) -> list[float]:
@@ -38,7 +37,7 @@ def rates(name: str, text: str) -> list[float]:
     Raises:
         ValueError: what is no rate above 0.
     """
-    return [float(_scaled(name, part, _RATES, "bits per second, like 400M or 2G")) for part in _parts(name, text)]
+    return [parse_rate(part, name) for part in _parts(name, text)]
 
 
 def names(name: str, text: str, known: Collection[str]) -> list[str]:
@@ -53,31 +52,8 @@ def names(name: str, text: str, known: Collection[str]) -> list[str]:
     return found
 
 
-def readable(size: float) -> str:
-    """Bytes in the words of :func:`sizes`."""
-    unit = next((u for u, s in reversed(_SIZES.items()) if size >= s), None)
-    return f"{size / _SIZES[unit]:.4g} {unit}iB" if unit else f"{size:g} B"
-
-
-def readable_rate(rate: float) -> str:
-    """Bits per second in words."""
-    unit = next((u for u, s in reversed(_RATES.items()) if rate >= s), None)
-    return f"{rate / _RATES[unit]:.4g} {unit}bit/s" if unit else f"{rate:g} bit/s"
-
-
 def _parts(name: str, text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise ValueError(f"{name} must be a list like a,b, got {text!r}. Leave out empty parts.")
     return parts
-
-
-def _scaled(name: str, part: str, units: dict[str, int], meant: str) -> int:
-    digits, unit = (part[:-1], part[-1].upper()) if part[-1].upper() in units else (part, "")
-    try:
-        value = float(digits) * units.get(unit, 1)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be {meant}, got {part!r}.")
-    return int(value)

@@ -14,12 +14,10 @@ from typing import Any
 import torch
 
 from lasp.launch.bench.ranks import Ranks
-from lasp.launch.doctor import host
+from lasp.launch.doctor import machine
 from lasp.launch.run.preflight import source_digest
 from lasp.launch.versions import commit
 from lasp.parallel.file_errors import replace_text, writing
-
-FOLDER = Path("benchmarks/results/bench")
 
 
 def facts(where: str) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def facts(where: str) -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "ranks": where,
-        "hardware": f"{os.cpu_count()} x {host.processor()}" + (f", {len(gpus)} x {gpus[0]}" if gpus else ""),
+        "hardware": f"{os.cpu_count()} x {machine.processor()}" + (f", {len(gpus)} x {gpus[0]}" if gpus else ""),
         "kernel": platform.release(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

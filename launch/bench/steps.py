@@ -31,11 +31,10 @@ def measure_here(config: RunConfig, *, repeats: int) -> dict[str, Any]:
     Raises:
         ValueError: as :func:`measure`; more ranks than can be started.
     """
-    size = config.cp_size * (config.dp_size or 1)
     options = {"device": config.device, "timeout_s": config.timeout_s}
-    with local_ranks(size, **options) as ranks:
+    with local_ranks(config.num_ranks, **options) as ranks:
         row = {**measure(ranks, config, repeats=repeats), "where": ranks.where}
-    with local_ranks(size, **options, exact_memory=True) as ranks:
+    with local_ranks(config.num_ranks, **options, exact_memory=True) as ranks:
         again = measure(ranks, config, repeats=1)
     return row | {key: again[key] for key in ("memory_bytes", "memory_bytes_of_each", "baseline_bytes")}
 

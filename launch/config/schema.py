@@ -237,6 +237,11 @@ class RunConfig(Section):
         return self.tp_size * self.pp_size * self.cp_size
 
     @property
+    def num_ranks(self) -> int:
+        """Ranks that the sizes ask for; where dp_size is left open, those of one sequence."""
+        return self.ranks_per_sequence * (self.dp_size or 1)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """``dtype`` as torch knows it."""
         return getattr(torch, self.dtype)

@@ -24,11 +24,12 @@ import torch.distributed as dist
 from lasp import comm, linear
 from lasp.kernels import softmax
 from lasp.launch.config.schema import RunConfig
-from lasp.launch.doctor import host
+from lasp.launch.doctor import machine
 from lasp.launch.run import preflight
 from lasp.launch.run.backends import backend_mesh
 from lasp.launch.run.rendezvous import Job, choose_device, process_group
 from lasp.layout import SequenceLayout
+from lasp.models.config import ModelConfig
 from lasp.models.linear_llama import LinearLlama
 from lasp.models.sizes import LinearSizes
 from lasp.parallel.mesh import Mesh
@@ -46,7 +47,7 @@ _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 class Findings:
     """What a rank has to say: titles with rows, name to text, and what is wrong."""
 
-    tables: dict[str, host.Rows] = field(default_factory=dict)
+    tables: dict[str, machine.Rows] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -79,7 +80,8 @@ def examine(config: RunConfig | None) -> None:
             with backend_mesh(config, device, timeout) as mesh:
                 seats = everyone.gather((hosts[_rank()], str(device), mesh.dp_rank, mesh.cp_rank))
                 whole.tables["all-gather, median of one call"] = bandwidths(mesh)
-            whole.tables |= drawing(config, seats) | {"implementations": implementations(config, device)}
+            whole.tables |= drawing(config.layout, config.data.seq_len, config.cp_size, seats)
+            whole.tables["implementations"] = implementations(config.model, config.torch_dtype, device)
         problems = report(list(dict(everything).items()), whole) if everyone.is_first else 0
         problems = everyone.on_first(lambda: problems)
     _end(problems)
@@ -99,15 +101,15 @@ def _machine(config: RunConfig | None, job: Job, hosts: int) -> Findings:
     found = Findings()
     cuda = torch.cuda.is_available() and (config is None or config.device != "cpu")
     wanted = "cpu" if config is None else config.device
-    found.tables["versions"] = host.versions()
-    found.tables["devices"] = host.devices(wanted, job.local_world_size, found.problems)
-    found.tables["network"] = host.network(hosts, found.problems)
+    found.tables["versions"] = machine.versions()
+    found.tables["devices"] = machine.devices(wanted, job.local_world_size, found.problems)
+    found.tables["network"] = machine.network(hosts, found.problems)
     endpoint = None if config is None or hosts > 1 or job.world_size > 1 else config.torchrun.endpoint
-    found.tables["ports"] = host.ports(endpoint, found.problems)
-    found.tables["shared memory"] = host.shared_memory(job.local_world_size, cuda, found.problems)
+    found.tables["ports"] = machine.ports(endpoint, found.problems)
+    found.tables["shared memory"] = machine.shared_memory(job.local_world_size, cuda, found.problems)
     if config is not None:
-        found.tables["disk"] = host.disk(config.run_dir, checkpoint_bytes(config), found.problems)
-    found.tables["limits of a process"] = host.limits(job.world_size, cuda, found.problems)
+        found.tables["disk"] = machine.disk(config.run_dir, checkpoint_bytes(config), found.problems)
+    found.tables["limits of a process"] = machine.limits(job.world_size, cuda, found.problems)
     return found
 
 
@@ -141,7 +143,7 @@ def _skew_problems(skews: list[float], hosts: list[str]) -> list[str]:
     ]
 
 
-def bandwidths(mesh: Mesh) -> host.Rows:
+def bandwidths(mesh: Mesh) -> machine.Rows:
     """How fast each group of this rank gathers messages of several sizes."""
     rows = {}
     for name, group in (("world", mesh.world_group), ("cp", mesh.cp_group), ("dp", mesh.dp_group)):
@@ -173,20 +175,24 @@ def _bytes(size: int) -> str:
     return f"{size // 2**20} MiB" if size >= 2**20 else f"{size // 2**10} KiB"
 
 
-def drawing(config: RunConfig, seats: list[tuple[str, str, int, int]]) -> dict[str, host.Rows]:
+def drawing(
+    layout_name: str, total: int, cp_size: int, seats: list[tuple[str, str, int, int]]
+) -> dict[str, machine.Rows]:
     """Which rank owns which tokens, as a bar of the sequence and as a table.
 
     Args:
+        layout_name: contiguous or zigzag.
+        total: tokens of the sequence.
         seats: host, device, dp_rank and cp_rank of every rank.
     """
-    layout = getattr(SequenceLayout, config.layout)(config.data.seq_len, config.cp_size)
-    total, width = config.data.seq_len, min(_BAR, config.data.seq_len)
+    layout = getattr(SequenceLayout, layout_name)(total, cp_size)
+    width = min(_BAR, total)
     owner = {}
     for cp_rank, fragments in enumerate(layout.fragments):
         for start, stop in fragments:
             owner |= dict.fromkeys(range(math.ceil(start * width / total), math.ceil(stop * width / total)), cp_rank)
     bar = "".join(_DIGITS[owner[column] % len(_DIGITS)] for column in range(width))
-    rows = {f"tokens 0 to {total:,}": f"{bar}  {config.layout}, by cp_rank"}
+    rows = {f"tokens 0 to {total:,}": f"{bar}  {layout_name}, by cp_rank"}
     for rank, (name, device, dp_rank, cp_rank) in enumerate(seats[:_SHOWN_RANKS]):
         own = ", ".join(f"[{start:,}, {stop:,})" for start, stop in layout.fragments[cp_rank])
         rows[f"rank {rank}"] = f"dp {dp_rank} cp {cp_rank}  {name} {device}  {own}"
@@ -202,9 +208,9 @@ def drawing(config: RunConfig, seats: list[tuple[str, str, int, int]]) -> dict[s
     return {"layout": rows}
 
 
-def implementations(config: RunConfig, device: torch.device) -> host.Rows:
+def implementations(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> machine.Rows:
     """What ``impl="auto"`` takes for the layers of the model on this device, and why."""
-    model, dtype, rows = config.model, config.torch_dtype, {}
+    rows = {}
     if "L" in model.layer_kinds:
         sizes = LinearSizes.of(model)
         q, v = (torch.empty(1, 1, 1, n, device=device, dtype=dtype) for n in (sizes.state_dim, sizes.columns))
@@ -216,7 +222,9 @@ def implementations(config: RunConfig, device: torch.device) -> host.Rows:
     if "S" in model.layer_kinds:
         q = torch.empty(1, 1, 1, model.dim // model.heads, device=device, dtype=dtype)
         chosen = softmax._choose("auto", q, q, q, model.window)
-        rows["softmax layers"] = f"{chosen}: {device.type}, {config.dtype}, window {model.window or 'none'}"
+        rows["softmax layers"] = (
+            f"{chosen}: {device.type}, {str(dtype).removeprefix('torch.')}, window {model.window or 'none'}"
+        )
     return rows
 
 

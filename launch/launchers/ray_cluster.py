@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lasp.launch.config.schema import RunConfig
+from lasp.launch.config.sections import RayConfig
 from lasp.launch.launchers.ray_driver import Driver, Loss, NotStarted
 from lasp.launch.launchers.ray_worker import tend_rank
 from lasp.launch.run.rendezvous import Job
@@ -44,27 +45,30 @@ def run_ray(config: RunConfig) -> None:
         )
     if importlib.util.find_spec("ray") is None:
         raise ValueError("launcher=ray needs Ray: pip install 'lasp[ray]', or use launcher=local.")
-    with _connected(config), SignalCount() as signals:
-        Driver(config, _Cluster(config), signals).run()
+    with _connected(config.ray, config.num_ranks), SignalCount() as signals:
+        Driver(config, _Cluster(config.ray, config.device), signals).run()
 
 
 @contextlib.contextmanager
-def _connected(config: RunConfig) -> Iterator[None]:
-    """This process is a driver of the cluster while the block runs; without an address the cluster ends with it."""
+def _connected(options: RayConfig, num_ranks: int) -> Iterator[None]:
+    """This process is a driver of the cluster while the block runs; without an address the cluster ends with it.
+
+    Args:
+        num_ranks: that the sizes of the run ask for.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before ray is imported
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths mean on a rank what they mean here
     os.environ["RAY_TRAIN_METRICS_ENABLED"] = os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(min(_GROUP_START_S, config.ray.wait_s))
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(min(_GROUP_START_S, options.wait_s))
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = config.ray.address
+    address = options.address
     try:
         if address is None:
-            ray.init(
-                "local", num_cpus=_local_cpus(config), object_store_memory=100 * 2**20, include_dashboard=False, **quiet
-            )
+            cpus = _local_cpus(options, num_ranks)
+            ray.init("local", num_cpus=cpus, object_store_memory=100 * 2**20, include_dashboard=False, **quiet)
         else:
             if address != "auto":
                 host, _, port = address.rpartition(":")
@@ -82,26 +86,25 @@ def _connected(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def _local_cpus(config: RunConfig) -> int:
+def _local_cpus(options: RayConfig, num_ranks: int) -> int:
     """What a Ray of our own may hand out: the cores, or more where more ranks are asked for, as any local run can."""
-    ranks = config.ray.num_workers or config.ranks_per_sequence * (config.dp_size or 1)
-    return max(os.cpu_count() or 1, ranks * config.ray.cpus_per_worker)
+    return max(os.cpu_count() or 1, (options.num_workers or num_ranks) * options.cpus_per_worker)
 
 
 class _Cluster:
     """The nodes of the cluster and the slots that they have for ranks of this run."""
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, options: RayConfig, device: str):
         import ray
 
         self._ray = ray
         self.own_address = ray.util.get_node_ip_address()
         self.head_address = ray.get_runtime_context().gcs_address
-        gpus = config.ray.gpus_per_worker
+        gpus = options.gpus_per_worker
         if gpus is None:
             found = any(node["Resources"].get("GPU", 0) >= 1 for node in self._living())
-            gpus = int(config.device == "cuda" or (config.device == "auto" and found))
-        self.per_rank = {"CPU": config.ray.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+            gpus = int(device == "cuda" or (device == "auto" and found))
+        self.per_rank = {"CPU": options.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
 
     def _living(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]

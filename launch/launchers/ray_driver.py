@@ -73,7 +73,7 @@ class Driver:
 
     def __init__(self, config: RunConfig, cluster: Cluster, signals: SignalCount):
         self._config, self._cluster, self._signals = config, cluster, signals
-        self._screen = Screen(config)
+        self._screen = Screen(config.steps, config.log.every_s)
         self._unit = config.ranks_per_sequence
         self._group_size = config.tp_size * config.cp_size
         own_machine = set(cluster.addresses().values()) == {cluster.own_address}

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lasp.launch.config.schema import RunConfig
+from lasp.launch.config.sections import TorchrunConfig
 from lasp.launch.launchers.process_tree import children, ending_with_parent, kill_tree, send
 from lasp.launch.run.failures import Interrupted, RankFailure
 from lasp.launch.run.rendezvous import LOOPBACK, STORE, open_store
@@ -71,7 +72,7 @@ def job_shape(config: RunConfig) -> JobShape:
         ValueError: at some number of nodes the sizes do not fit the ranks.
     """
     low, high = config.torchrun.node_range
-    grid = config.tp_size * config.pp_size * config.cp_size
+    grid = config.ranks_per_sequence
     sizes = f"tp_size * pp_size * cp_size = {config.tp_size} * {config.pp_size} * {config.cp_size} = {grid}"
     if config.dp_size is not None and low != high:
         raise ValueError(
@@ -80,7 +81,7 @@ def job_shape(config: RunConfig) -> JobShape:
         )
     ranks = config.torchrun.ranks_per_node
     if ranks is None:
-        total = grid * (config.dp_size or 1)
+        total = config.num_ranks
         if total % low:
             raise ValueError(
                 f"{total} ranks (dp_size = {config.dp_size or 1} times {sizes}) cannot be spread evenly over "
@@ -136,27 +137,33 @@ def node_command(
         "--rdzv-endpoint",
         endpoint,
     ]
-    command += ["--rdzv-id", job_id(config), "--rdzv-conf", ",".join(f"{key}={value}" for key, value in conf.items())]
+    command += [
+        "--rdzv-id",
+        job_id(options.job_id, config.run_dir),
+        "--rdzv-conf",
+        ",".join(f"{key}={value}" for key, value in conf.items()),
+    ]
     if options.local_addr is not None or _is_loopback(endpoint):
         command += ["--local-addr", options.local_addr or "127.0.0.1"]
-    return NodeCommand((*command, "-m", MODULE, work, *arguments), _environment(config, endpoint, shape))
+    environment = _environment(endpoint, shape.ranks_per_node, options.interface, config.timeout_s)
+    return NodeCommand((*command, "-m", MODULE, work, *arguments), environment)
 
 
-def job_id(config: RunConfig) -> str:
-    """A name that all nodes agree on: the one of the configuration, Slurm's, or one made of ``run_dir``."""
-    made = f"lasp-{hashlib.sha256(os.path.abspath(config.run_dir).encode()).hexdigest()[:8]}"
-    return config.torchrun.job_id or os.environ.get("SLURM_JOB_ID") or made
+def job_id(asked: str | None, run_dir: Path) -> str:
+    """A name that all nodes agree on: the one that the configuration asks for, Slurm's, or one made of ``run_dir``."""
+    made = f"lasp-{hashlib.sha256(os.path.abspath(run_dir).encode()).hexdigest()[:8]}"
+    return asked or os.environ.get("SLURM_JOB_ID") or made
 
 
-def _environment(config: RunConfig, endpoint: str, shape: JobShape) -> dict[str, str]:
+def _environment(endpoint: str, ranks_per_node: int, interface: str | None, timeout_s: float) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     values = {
         STORE: endpoint,
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # the agents' other store is bound to one node and one attempt
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(30, math.ceil(config.timeout_s))),  # to save after a SIGTERM
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // shape.ranks_per_node))),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(30, math.ceil(timeout_s))),  # to save after a SIGTERM
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks_per_node))),
     }
-    if (interface := config.torchrun.interface) is not None:
+    if interface is not None:
         values |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     elif _is_loopback(endpoint):
         loopback = "lo" if sys.platform.startswith("linux") else "lo0"
@@ -182,7 +189,7 @@ def all_commands(config: RunConfig, arguments: Sequence[str]) -> list[NodeComman
                 f"torchrun.{key} = {getattr(options, key)} belongs to one node, and --print is for every node. Leave "
                 "it out, and add it to the commands that need it."
             )
-    endpoint = _checked_endpoint(config) or "127.0.0.1:29400"
+    endpoint = _checked_endpoint(options) or "127.0.0.1:29400"
     return [
         node_command(config, arguments, endpoint=endpoint, is_host=node == 0)
         for node in range(job_shape(config).max_nodes)
@@ -229,7 +236,7 @@ def run_node(config: RunConfig, arguments: Sequence[str], work: str = "train") -
         RankFailure: the job failed. Interrupted: a signal came before the ranks could save.
     """
     job_shape(config)
-    asked = _checked_endpoint(config)
+    asked = _checked_endpoint(config.torchrun)
     store = open_store() if asked is None else None  # this machine alone meets there
     endpoint = asked or f"{LOOPBACK}:{store.port}"
     is_host = False if asked is None else config.torchrun.is_host
@@ -243,10 +250,11 @@ def run_node(config: RunConfig, arguments: Sequence[str], work: str = "train") -
     if agent.signals.count:
         raise Interrupted
     if not agent.started_ranks:
+        name = job_id(config.torchrun.job_id, config.run_dir)
         raise RankFailure(
             f"the nodes of the job did not meet at {endpoint} within timeout_s = {config.timeout_s:g} s; torchrun's "
             f"reason is above. Start the same command on torchrun.nodes = {config.torchrun.nodes} nodes, with the same "
-            f"endpoint and job_id ({job_id(config)}), let the first node's firewall accept its port, and set "
+            f"endpoint and job_id ({name}), let the first node's firewall accept its port, and set "
             "torchrun.is_host=true there and false elsewhere."
         )
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"gave up with exit code {code}"
@@ -257,13 +265,12 @@ def run_node(config: RunConfig, arguments: Sequence[str], work: str = "train") -
     )
 
 
-def _checked_endpoint(config: RunConfig) -> str | None:
+def _checked_endpoint(options: TorchrunConfig) -> str | None:
     """The endpoint, None for this machine alone.
 
     Raises:
         ValueError: several nodes without one, or options that need one.
     """
-    options = config.torchrun
     if options.endpoint is None and options.node_range[1] > 1:
         raise ValueError(
             f"torchrun.endpoint is required with torchrun.nodes = {options.nodes}: the nodes meet there. Set it to "

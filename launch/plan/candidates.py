@@ -18,7 +18,7 @@ from lasp import cost
 from lasp.cost.fabric import Fabric
 from lasp.launch.plan.activations import Load
 from lasp.launch.plan.memory import Memory, Parameters, Setup, predict_memory
-from lasp.launch.plan.question import Job
+from lasp.launch.plan.question import PlannedJob
 from lasp.launch.plan.roofline import Work, predict_work, state_bytes
 from lasp.models.config import ModelConfig
 from lasp.parallel.engines.kinds import Traffic
@@ -65,7 +65,7 @@ def describe(c: Candidate) -> str:
 
 
 def price(
-    job: Job, mesh: tuple[int, int, int, int], engine: str, model: ModelConfig, exchange: str | None
+    job: PlannedJob, mesh: tuple[int, int, int, int], engine: str, model: ModelConfig, exchange: str | None
 ) -> Candidate:
     """The candidate of a mesh (tp, pp, cp, dp) with an engine and an exchange of its linear layers."""
     tp, pp, cp, dp = mesh
@@ -137,7 +137,7 @@ def _softmax(model: ModelConfig, load: Load, nodes: tuple[int, ...], fabric: Fab
     return name, seconds
 
 
-def _all_reduce(size: float, ranks: int, job: Job, *, inside: bool) -> float:
+def _all_reduce(size: float, ranks: int, job: PlannedJob, *, inside: bool) -> float:
     """Ring: twice (n - 1) / n of the bytes over the slowest link."""
     link, nics = (job.fabric.within, 1.0) if inside else (job.fabric.between, 1.0)
     if not inside:
@@ -146,7 +146,7 @@ def _all_reduce(size: float, ranks: int, job: Job, *, inside: bool) -> float:
 
 
 def _parameter_traffic(
-    job: Job, model: ModelConfig, engine: str, mesh: tuple[int, int, int, int], compute: float
+    job: PlannedJob, model: ModelConfig, engine: str, mesh: tuple[int, int, int, int], compute: float
 ) -> float:
     """Exposed seconds of the sums of gradients, and of gathering parameters where they are cut.
 

@@ -1,8 +1,7 @@
-"""What is to be planned: a model, its tokens, GPUs, a fabric; and how a command line says such numbers."""
+"""What is to be planned: a model, its tokens, GPUs, a fabric."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from math import inf
 
@@ -11,12 +10,9 @@ from lasp.launch.plan.roofline import DEVICES, Device
 from lasp.models.config import ModelConfig
 from lasp.parallel.engines.table import ENGINES
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-_BYTES = {"B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """What is to be planned.
 
     Attributes:
@@ -73,33 +69,6 @@ class Job:
             )
         if self.tokens_per_s is not None and not 0 < self.tokens_per_s < inf:
             raise ValueError(f"tokens-per-s must be a measured speed, finite and above 0, got {self.tokens_per_s}.")
-
-
-def parse_size(text: str, what: str) -> int:
-    """Tokens: a number with an optional K, M or G (powers of 1024).
-
-    Raises:
-        ValueError: it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)", str(text).strip().upper())
-    size = float(found[1]) * _UNITS[found[2]] if found else 0.0
-    if size < 1 or size != int(size):
-        raise ValueError(
-            f"{what} must be a whole number of at least 1 with an optional K, M or G, like 32K or 4M, got {text!r}."
-        )
-    return int(size)
-
-
-def parse_bytes(text: str, what: str) -> float:
-    """Bytes: a number with B, MB, GB, TB or MiB, GiB, TiB.
-
-    Raises:
-        ValueError: it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]+)", str(text).strip().upper())
-    if not found or found[2] not in _BYTES or float(found[1]) == 0:
-        raise ValueError(f"{what} must be a number of bytes with a unit, like 80GB or 40GiB, got {text!r}.")
-    return float(found[1]) * _BYTES[found[2]]
 
 
 def device_of(name: str | None, fabric: Fabric) -> Device:

@@ -12,9 +12,10 @@ from rich.table import Table
 
 from lasp.cost import EXCHANGES, choose, estimate
 from lasp.cost.fabric import Fabric
-from lasp.launch.config.schema import RunConfig, checked, load_config
+from lasp.launch.config.schema import checked, load_config
+from lasp.launch.config.sizes import parse_bytes, parse_size
 from lasp.launch.plan.candidates import Candidate, describe
-from lasp.launch.plan.question import Job, device_of, parse_bytes, parse_size
+from lasp.launch.plan.question import PlannedJob, device_of
 from lasp.launch.plan.roofline import EFFICIENCY, widest_head
 from lasp.launch.plan.search import Plan, make_plan, nothing_fits
 from lasp.models.config import ModelConfig
@@ -52,10 +53,10 @@ def plan_command(
     if run is None and (seq_len is None or gpus is None):
         raise ValueError("--seq-len and --gpus are needed with a preset: only a run's YAML file has its own.")
     wires = Fabric.of(fabric)
-    job = Job(
-        model=_model_of(model, run),
+    job = PlannedJob(
+        model=_planned(run.model if run else _preset(model)),
         seq_len=run.data.seq_len if seq_len is None else parse_size(seq_len, "seq-len"),
-        gpus=_ranks_of(run) if gpus is None else gpus,
+        gpus=run.num_ranks if gpus is None else gpus,
         fabric=wires,
         device=device_of(device, wires),
         batch=batch if batch is not None else run.data.batch_size if run else 1,
@@ -82,7 +83,7 @@ def plan_command(
     if plan.best is None:
         raise ValueError(nothing_fits(plan))
     console.print(f"recommended: {describe(plan.best)}. {_why(plan)}")
-    console.print(recommended_yaml(model, run, plan, fabric), markup=False)
+    console.print(recommended_yaml(model, plan, fabric, _own_values(Path(model)) if run else None), markup=False)
 
 
 def _why(plan: Plan) -> str:
@@ -96,19 +97,18 @@ def _why(plan: Plan) -> str:
     return f"Exchange: {best.exchange}, whose forward and backward together expose least."
 
 
-def _model_of(name: str, run: RunConfig | None) -> ModelConfig:
-    if run is not None:
-        return dataclasses.replace(run.model, recompute=False, ffn_tile=None)
+def _planned(model: ModelConfig) -> ModelConfig:
+    """Without recomputation and tiles: the planner decides on them."""
+    return dataclasses.replace(model, recompute=False, ffn_tile=None)
+
+
+def _preset(name: str) -> ModelConfig:
     if name not in MODEL_PRESETS:
         raise ValueError(
             f"unknown model {name!r}: choose a preset, {', '.join(MODEL_PRESETS)}, or name a run's YAML file, like "
             "configs/quickstart.yaml."
         )
     return ModelConfig.preset(name)
-
-
-def _ranks_of(run: RunConfig) -> int:
-    return run.ranks_per_sequence * (run.dp_size or 1)
 
 
 def _heading(name: str, plan: Plan) -> str:
@@ -167,7 +167,7 @@ def _row(plan: Plan, c: Candidate) -> list[str]:
     return [*mesh, c.engine, exchange or "-", *made, f"{c.tokens_per_s:.0f}", share, f"{c.memory.peak / 1e9:.1f}", why]
 
 
-def exchange_table(c: Candidate, job: Job) -> Table:
+def exchange_table(c: Candidate, job: PlannedJob) -> Table:
     """All exchanges of one linear layer, forward."""
     table = Table(title=f"One exchange of a linear layer over cp {c.cp}, forward (predicted)")
     for name in ("exchange", "slices", "ms", "messages", "MB sent"):
@@ -193,21 +193,25 @@ def memory_table(c: Candidate) -> Table:
 _PLANNED = ("tp_size", "pp_size", "cp_size", "dp_size", "engine", "backend", "exchange", "softmax_exchange", "fabric")
 
 
-def recommended_yaml(name: str, run: RunConfig | None, plan: Plan, fabric: str) -> str:
+def recommended_yaml(name: str, plan: Plan, fabric: str, own: dict[str, Any] | None = None) -> str:
     """A run's YAML file: the preset's or the given run's, with what the plan has chosen.
+
+    Args:
+        name: of the preset, where no run is given.
+        own: what the given run's file says.
 
     Raises:
         ValueError: the schema refuses it: a fault of the planner.
     """
     job, best = plan.job, plan.best
-    values: dict[str, Any] = {} if run is None else _own_values(Path(name))
+    values = own or {}
     model = values.get("model", name)
     model = {"preset": model} if isinstance(model, str) else dict(model)
     model["recompute"] = best.recompute
     model.pop("ffn_tile", None)
     if best.ffn_tile is not None:
         model["ffn_tile"] = best.ffn_tile
-    defaults = {} if run else {"run_dir": f"runs/{name}", "steps": 1000, "dtype": "bfloat16"}
+    defaults = {} if own else {"run_dir": f"runs/{name}", "steps": 1000, "dtype": "bfloat16"}
     values = {**defaults, **values, "model": model}
     for key in _PLANNED:
         values.pop(key, None)

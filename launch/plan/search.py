@@ -14,7 +14,7 @@ from math import ceil
 
 from lasp import cost
 from lasp.launch.plan.candidates import Candidate, describe, price
-from lasp.launch.plan.question import Job
+from lasp.launch.plan.question import PlannedJob
 from lasp.models.config import ModelConfig
 from lasp.parallel.engines.kinds import EngineKind
 from lasp.parallel.engines.table import ENGINES, engine_kind
@@ -28,7 +28,7 @@ _MOST_GPUS = 2**12  # that are tried when nothing fits
 class Plan:
     """All candidates, fastest first, and the recommended one: None where none fits."""
 
-    job: Job
+    job: PlannedJob
     candidates: tuple[Candidate, ...]
     best: Candidate | None
     refused: tuple[str, ...]
@@ -38,7 +38,7 @@ class Plan:
         return candidate.memory.peak <= self.job.memory
 
 
-def make_plan(job: Job) -> Plan:
+def make_plan(job: PlannedJob) -> Plan:
     """Every candidate, priced.
 
     Raises:
@@ -59,7 +59,7 @@ def make_plan(job: Job) -> Plan:
     return Plan(job, tuple(candidates), best, _listed(refused))
 
 
-def _check_engine(job: Job, kind: EngineKind) -> None:
+def _check_engine(job: PlannedJob, kind: EngineKind) -> None:
     if job.gpus < kind.min_ranks:
         raise ValueError(
             f"engine={kind.name} needs at least {kind.min_ranks} ranks to share states over, got gpus = {job.gpus}. "
@@ -83,7 +83,7 @@ def nothing_fits(plan: Plan) -> str:
     )
 
 
-def _enough_gpus(job: Job) -> int | None:
+def _enough_gpus(job: PlannedJob) -> int | None:
     """The least power-of-two multiple of the GPUs on which something fits."""
     gpus = 2 * job.gpus
     while gpus <= min(_MOST_GPUS, job.seq_len * job.batch):
@@ -98,7 +98,7 @@ def _enough_gpus(job: Job) -> int | None:
     return None
 
 
-def _meshes(job: Job, refused: dict[str, list[str]]) -> Iterator[tuple[int, int, int, int]]:
+def _meshes(job: PlannedJob, refused: dict[str, list[str]]) -> Iterator[tuple[int, int, int, int]]:
     """(tp, pp, cp, dp) whose product is the GPUs; tp stays in a node, dp divides the batch."""
     for tp in _divisors(min(job.gpus, job.gpus_per_node)):
         for pp in _divisors(job.model.num_layers):
@@ -145,7 +145,7 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _of_mesh(job: Job, tp: int, pp: int, cp: int, dp: int) -> Iterator[Candidate]:
+def _of_mesh(job: PlannedJob, tp: int, pp: int, cp: int, dp: int) -> Iterator[Candidate]:
     """With and without recomputation, each with the fastest engine and tile that fits, else the leanest."""
     tokens = -(-job.seq_len // cp)
     engines = _engines(job, cut=tp * pp > 1, ranks=cp * dp)
@@ -159,7 +159,7 @@ def _of_mesh(job: Job, tp: int, pp: int, cp: int, dp: int) -> Iterator[Candidate
             yield max(fitting, key=lambda c: c.tokens_per_s) if fitting else min(found, key=lambda c: c.memory.peak)
 
 
-def _engines(job: Job, *, cut: bool, ranks: int) -> list[EngineKind]:
+def _engines(job: PlannedJob, *, cut: bool, ranks: int) -> list[EngineKind]:
     """What the job asks for, or all that are proposed for models that are cut over tp and pp, or not."""
     if job.engine == "auto":
         kinds = [kind for kind in ENGINES.values() if kind.proposed and kind.native is not cut]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from lasp.launch.config.schema import RunConfig
+from lasp.launch.config.sections import LogConfig
 from lasp.parallel.file_errors import reading, writing
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
@@ -23,12 +23,17 @@ _SEND_EVERY_S = 0.2  # more steps than this no eye sees
 
 
 class Screen:
-    """A run on the terminal: a progress bar, or lines where there is none."""
+    """A run on the terminal: a progress bar, or lines where there is none.
 
-    def __init__(self, config: RunConfig):
+    Args:
+        steps: of the whole run.
+        every_s: seconds between two lines.
+    """
+
+    def __init__(self, steps: int, every_s: float):
         from rich.console import Console
 
-        self._steps, self._every_s = config.steps, config.log.every_s
+        self._steps, self._every_s = steps, every_s
         self._console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self._progress, self._last_line = None, 0.0
         self._shown, self._seconds = 0, 0.0
@@ -91,8 +96,8 @@ class RemoteScreen:
     Of steps in quick succession one is sent; those with a held-out loss and the last one always are.
     """
 
-    def __init__(self, config: RunConfig, store: Store):
-        self._steps, self._store, self._last_step = config.steps, store, 0.0
+    def __init__(self, steps: int, store: Store):
+        self._steps, self._store, self._last_step = steps, store, 0.0
 
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_") or not hasattr(Screen, method):
@@ -126,22 +131,32 @@ class Report:
     """Collects one record per step. Use it as a context manager around the training loop.
 
     Args:
-        config: the run.
+        run_dir, steps, log: of the run.
         start_step: steps that a checkpoint brought; later records of an older attempt are dropped.
         active: whether this rank reports.
         store: of the job, where it has one; its launcher may want to show the run.
     """
 
-    def __init__(self, config: RunConfig, start_step: int, active: bool, store: Store | None = None):
-        self._config, self._active, self._start_step = config, active, start_step
+    def __init__(
+        self,
+        run_dir: Path,
+        steps: int,
+        log: LogConfig,
+        start_step: int,
+        *,
+        active: bool,
+        store: Store | None = None,
+    ):
+        self._run_dir, self._active, self._start_step = run_dir, active, start_step
+        self._tensorboard = log.tensorboard
         self._writer = None
         self.records: list[dict[str, Any]] = []
         if not active:
             return
         remote = store is not None and store.check([_WATCHED])
-        self._screen = RemoteScreen(config, store) if remote else Screen(config)
-        self._path = config.run_dir / METRICS
-        self.records = [record for record in read_metrics(config.run_dir) if record["step"] <= start_step]
+        self._screen = RemoteScreen(steps, store) if remote else Screen(steps, log.every_s)
+        self._path = run_dir / METRICS
+        self.records = [record for record in read_metrics(run_dir) if record["step"] <= start_step]
         with writing(self._path):
             whole = self._path.with_name(f".{METRICS}")
             whole.write_text("".join(json.dumps(record) + "\n" for record in self.records))
@@ -152,10 +167,10 @@ class Report:
             return self
         with writing(self._path):
             self._file = self._path.open("a")
-        if self._config.log.tensorboard:
+        if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            events = self._config.run_dir / "tensorboard"
+            events = self._run_dir / "tensorboard"
             with writing(events):
                 self._writer = SummaryWriter(str(events), purge_step=self._start_step + 1)
         self._screen.begin(self._start_step)
@@ -202,7 +217,7 @@ class Report:
         """The loss curve as a PNG; a finished run does not fail for want of its picture."""
         if not self._active or not self.records:
             return
-        path = self._config.run_dir / PLOT
+        path = self._run_dir / PLOT
         try:
             with writing(path):
                 plot_losses(self.records, path)

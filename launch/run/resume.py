@@ -44,7 +44,7 @@ def resume(
     Raises:
         ValueError: the checkpoint is damaged, or of another model, tokenizer or backend; on every rank.
     """
-    found, notes = _find(config, mesh, store)
+    found, notes = _find(config.checkpoint.resume, config.run_dir, mesh, store)
     notes += mesh.on_first(partial(_accept, found, config, engine, tokenizer, store))
     if found is None:
         return 0, notes
@@ -56,15 +56,22 @@ def resume(
     return found.state["data_position"], notes
 
 
-def _find(config: RunConfig, mesh: Mesh, store: Store | None) -> tuple[checkpoints.Checkpoint | None, list[str]]:
-    """The checkpoint to go on from, None to begin; and what the user should know of damaged ones."""
+def _find(
+    asked: bool | str, folder: Path, mesh: Mesh, store: Store | None
+) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, None to begin; and what the user should know of damaged ones.
+
+    Args:
+        asked: ``checkpoint.resume``.
+        folder: of the run.
+    """
     notes: list[str] = []
-    wanted = mesh.on_first(lambda: run_dir.resume_from(config.checkpoint.resume, config.run_dir, store))
+    wanted = mesh.on_first(lambda: run_dir.resume_from(asked, folder, store))
     if isinstance(wanted, str):
         path = mesh.on_first(lambda: str(checkpoints.find(Path(wanted))))
         return checkpoints.load(Path(path), mesh), notes
     if wanted:
-        return checkpoints.load_newest(config.run_dir / "checkpoints", notes.append, mesh), notes
+        return checkpoints.load_newest(folder / "checkpoints", notes.append, mesh), notes
     return None, notes
 
 

@@ -66,7 +66,10 @@ def interrupting(message: str) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def blocked(numbers: Collection[signal.Signals] = ENDING) -> Iterator[set[signal.Signals]]:
-    """The signals wait until the block is over; a process started in it never gets them. Gives the mask from before."""
+    """Signals that the system hands to this thread wait until the block is over; a process started in it gets none.
+
+    Gives the mask from before. Where the process has other threads, the system may hand a signal to one of those.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(numbers))
     try:
         yield before

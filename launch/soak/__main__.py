@@ -28,7 +28,7 @@ import click
 
 from lasp.launch.config.schema import load_config
 from lasp.launch.run.report import METRICS, read_metrics
-from lasp.launch.soak.jobs import Job, RayJob, TorchrunJob
+from lasp.launch.soak.jobs import RayJob, RunningJob, TorchrunJob
 
 TOLERANCE = 1e-5  # between steps on different numbers of ranks
 _LIMIT_S = 600.0  # for a job to start, to go on after a kill, to end
@@ -77,7 +77,7 @@ class Curve:
 
 
 def torment(
-    job: Job, curve: Curve, kills: int, full: Sequence[int], spread: int, chance: random.Random, tally: Tally
+    job: RunningJob, curve: Curve, kills: int, full: Sequence[int], spread: int, chance: random.Random, tally: Tally
 ) -> None:
     """Kill ``kills`` times, wait each time until the job goes on.
 
@@ -118,7 +118,7 @@ def torment(
         tally.recoveries += 1
 
 
-def _await_recovery(job: Job, curve: Curve, wanted: Sequence[int], old: set[int], since: int) -> None:
+def _await_recovery(job: RunningJob, curve: Curve, wanted: Sequence[int], old: set[int], since: int) -> None:
     """Return when each node has the wanted number of new ranks and they have made a step."""
 
     def fresh() -> bool:
@@ -136,7 +136,7 @@ def _await_recovery(job: Job, curve: Curve, wanted: Sequence[int], old: set[int]
     _await(fresh, job, f"a step on {sum(wanted)} ranks")
 
 
-def _await(condition: Callable[[], bool], job: Job, what: str) -> None:
+def _await(condition: Callable[[], bool], job: RunningJob, what: str) -> None:
     deadline = time.monotonic() + _LIMIT_S
     while not condition():
         codes = job.exit_codes()
@@ -186,7 +186,7 @@ def main(config: str, overrides: tuple[str, ...], launcher: str, kills: int, nod
     for folder in (calm, killed):
         if folder.exists():
             raise click.ClickException(f"{folder} exists. Remove it, or choose another run_dir=.")
-    ranks = base.tp_size * base.pp_size * base.cp_size * (base.dp_size or 1)
+    ranks = base.num_ranks
     full = [ranks // nodes] * nodes
     if ranks % nodes:
         raise click.ClickException(f"{ranks} ranks cannot be spread over {nodes} nodes. Change the sizes.")
@@ -220,7 +220,7 @@ def main(config: str, overrides: tuple[str, ...], launcher: str, kills: int, nod
     sys.exit(report(tally))
 
 
-def _await_end(job: Job) -> None:
+def _await_end(job: RunningJob) -> None:
     deadline = time.monotonic() + _LIMIT_S
     while any(code is None for code in job.exit_codes()):
         if time.monotonic() > deadline:

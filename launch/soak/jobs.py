@@ -22,7 +22,7 @@ _SOON = {"last_call_timeout": 3, "keep_alive_interval": 1, "keep_alive_max_attem
 _START_S = 90.0  # for a node of a cluster to come up
 
 
-class Job(ABC):
+class RunningJob(ABC):
     """A running job whose processes can be killed."""
 
     @abstractmethod
@@ -51,7 +51,7 @@ class Job(ABC):
         """Leave nothing behind."""
 
 
-class TorchrunJob(Job):
+class TorchrunJob(RunningJob):
     """One agent of torch.distributed.run per node, all on this machine."""
 
     def __init__(self, config: RunConfig, arguments: Sequence[str], log: Path):
@@ -62,24 +62,24 @@ class TorchrunJob(Job):
         self._agents: list[subprocess.Popen] = [self._start() for _ in range(job_shape(config).max_nodes)]
 
     def nodes(self) -> list[list[int]]:
-        """See :meth:`Job.nodes`."""
+        """See :meth:`RunningJob.nodes`."""
         return [children(agent.pid) if agent.poll() is None else [] for agent in self._agents]
 
     def kill_node(self, node: int) -> None:
-        """See :meth:`Job.kill_node`."""
+        """See :meth:`RunningJob.kill_node`."""
         kill_tree(self._agents[node].pid)
         self._agents[node].wait()
 
     def start_node(self, node: int) -> None:
-        """See :meth:`Job.start_node`."""
+        """See :meth:`RunningJob.start_node`."""
         self._agents[node] = self._start()
 
     def exit_codes(self) -> list[int | None]:
-        """See :meth:`Job.exit_codes`."""
+        """See :meth:`RunningJob.exit_codes`."""
         return [agent.poll() for agent in self._agents]
 
     def close(self) -> None:
-        """See :meth:`Job.close`."""
+        """See :meth:`RunningJob.close`."""
         for agent in self._agents:
             if agent.poll() is None:
                 kill_tree(agent.pid)
@@ -93,7 +93,7 @@ class TorchrunJob(Job):
         )
 
 
-class RayJob(Job):
+class RayJob(RunningJob):
     """``lasp train launcher=ray`` on a cluster of a head without ranks and ``nodes`` nodes, all on this machine."""
 
     def __init__(self, arguments: Sequence[str], nodes: int, ranks_per_node: int, log: Path):
@@ -124,28 +124,28 @@ class RayJob(Job):
 
     @property
     def takes_back(self) -> bool:
-        """See :meth:`Job.takes_back`."""
+        """See :meth:`RunningJob.takes_back`."""
         return False
 
     def nodes(self) -> list[list[int]]:
-        """See :meth:`Job.nodes`; a rank is a process that a worker of the node has started."""
+        """See :meth:`RunningJob.nodes`; a rank is a process that a worker of the node has started."""
         return [[pid for pid in descendants(node.pid) if _is_rank(pid)] for node in self._nodes]
 
     def kill_node(self, node: int) -> None:
-        """See :meth:`Job.kill_node`."""
+        """See :meth:`RunningJob.kill_node`."""
         kill_tree(self._nodes[node].pid)
         self._nodes[node].wait()
 
     def start_node(self, node: int) -> None:
-        """See :meth:`Job.start_node`."""
+        """See :meth:`RunningJob.start_node`."""
         self._nodes[node] = self._start_ray(f"--address={self._address}", f"--num-cpus={self._ranks}")
 
     def exit_codes(self) -> list[int | None]:
-        """See :meth:`Job.exit_codes`."""
+        """See :meth:`RunningJob.exit_codes`."""
         return [self._driver.poll()]
 
     def close(self) -> None:
-        """See :meth:`Job.close`."""
+        """See :meth:`RunningJob.close`."""
         for process in (getattr(self, "_driver", None), *self._nodes, getattr(self, "_head", None)):
             if process is not None and process.poll() is None:
                 kill_tree(process.pid)

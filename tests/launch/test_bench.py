@@ -19,6 +19,7 @@ from lasp.launch.bench.fabric import fit_link
 from lasp.launch.bench.ranks import local_ranks
 from lasp.launch.bench.results import facts, write_report
 from lasp.launch.cli import cli
+from lasp.launch.config.sizes import readable, readable_rate
 from lasp.launch.run.failures import RankFailure
 from tests.harness import assert_close
 from tests.launch.helpers import tiny_config
@@ -28,10 +29,12 @@ def test_sizes_and_rates_are_read_in_their_units():
     assert options.sizes("--sizes", "256K,2m, 100") == [256 * 1024, 2 * 2**20, 100]
     assert options.rates("--rates", "400M,2G") == [4e8, 2e9]
     assert options.counts("--hosts", "2,8", 1, 8) == [2, 8]
-    assert options.readable(2 * 2**20) == "2 MiB" and options.readable_rate(4e8) == "400 Mbit/s"
-    for wrong in ("", "0", "-1K", "K", "nan", "1,,2"):
+    assert readable(2 * 2**20) == "2 MiB" and readable(100) == "100 B" and readable_rate(4e8) == "400 Mbit/s"
+    for wrong in ("", "0", "-1K", "K", "nan", "1,,2", "0.3", "1e3"):
         with pytest.raises(ValueError, match="--sizes must be"):
             options.sizes("--sizes", wrong)
+    with pytest.raises(ValueError, match="--rates must be bits per second, like 400M or 2G, got '2X'"):
+        options.rates("--rates", "1.5G,2X")
     with pytest.raises(ValueError, match=r"--hosts must be whole numbers of 1 to 8, like 1,2, got '9'"):
         options.counts("--hosts", "9", 1, 8)
     with pytest.raises(ValueError, match=r"--methods must be among LASP-1.*, got 'LASP-3'"):

@@ -11,7 +11,8 @@ import torch
 
 from lasp.launch.config.schema import load_config
 from lasp.launch.doctor import examine as doctor
-from lasp.launch.doctor.examine import Findings, host
+from lasp.launch.doctor import machine
+from lasp.launch.doctor.examine import Findings
 from lasp.parallel.mesh import Mesh
 from tests.launch.helpers import forked_main, run_main, tiny_config, tiny_yaml
 
@@ -87,10 +88,19 @@ def test_a_clock_that_is_ahead_is_measured_and_named(ranks):
 @pytest.mark.parametrize(
     ("check", "message"),
     [
-        (lambda p: host.shared_memory(4, True, p), "/dev/shm has 64 MiB free, .* Start the container with --shm-size"),
-        (lambda p: host.disk(host.Path("/tmp/x/y"), 10**12, p), r"/tmp has 0\.06 GiB free, and .* take 931\.32 GiB"),
-        (lambda p: host.limits(10**9, False, p), "ulimit -n is .*, and 1000000000 ranks want 8000000064 per process"),
-        (lambda p: host.devices("cuda", 99, p), r"device=cuda, and .* device\(s\) for 99 rank\(s\)"),
+        (
+            lambda p: machine.shared_memory(4, True, p),
+            "/dev/shm has 64 MiB free, .* Start the container with --shm-size",
+        ),
+        (
+            lambda p: machine.disk(machine.Path("/tmp/x/y"), 10**12, p),
+            r"/tmp has 0\.06 GiB free, and .* take 931\.32 GiB",
+        ),
+        (
+            lambda p: machine.limits(10**9, False, p),
+            "ulimit -n is .*, and 1000000000 ranks want 8000000064 per process",
+        ),
+        (lambda p: machine.devices("cuda", 99, p), r"device=cuda, and .* device\(s\) for 99 rank\(s\)"),
     ],
 )
 def test_each_want_is_a_sentence(monkeypatch, check, message):
@@ -105,9 +115,9 @@ def test_a_host_name_that_others_cannot_reach_is_named(monkeypatch):
     monkeypatch.setattr("socket.gethostbyname", lambda _: "127.0.1.1")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     problems = []
-    host.network(1, problems)
+    machine.network(1, problems)
     assert not problems
-    host.network(2, problems)
+    machine.network(2, problems)
     assert "127.0.1.1, which other machines cannot reach" in problems[0]
 
 
@@ -119,11 +129,12 @@ def test_checkpoints_are_counted_as_they_are_kept(tmp_path):
     assert doctor.checkpoint_bytes(wide) == 2 * 2 * one
 
 
-def test_sequences_across_machines_are_said(tmp_path):
-    config = tiny_config(tmp_path, "cp_size=2")
-    rows = doctor.drawing(config, [("a", "cpu", 0, 0), ("b", "cpu", 0, 1), ("b", "cpu", 1, 0), ("b", "cpu", 1, 1)])
+def test_sequences_across_machines_are_said():
+    rows = doctor.drawing(
+        "contiguous", 64, 2, [("a", "cpu", 0, 0), ("b", "cpu", 0, 1), ("b", "cpu", 1, 0), ("b", "cpu", 1, 1)]
+    )
     assert rows["layout"]["across machines"].startswith("the sequences of dp rank(s) 0:")
-    many = doctor.drawing(config, [("a", "cpu", n // 2, n % 2) for n in range(64)])["layout"]
+    many = doctor.drawing("contiguous", 64, 2, [("a", "cpu", n // 2, n % 2) for n in range(64)])["layout"]
     assert many["..."] == "and 32 more ranks" and "rank 31" in many and "rank 32" not in many
 
 

@@ -11,9 +11,10 @@ from lasp import cost
 from lasp.cost.fabric import Fabric
 from lasp.launch.cli import cli
 from lasp.launch.config.schema import checked
+from lasp.launch.config.sizes import parse_bytes, parse_size
 from lasp.launch.plan import search as plan
 from lasp.launch.plan.activations import Load
-from lasp.launch.plan.question import Job, device_of, parse_bytes, parse_size
+from lasp.launch.plan.question import PlannedJob, device_of
 from lasp.launch.plan.roofline import EFFICIENCY, predict_work
 from lasp.launch.plan.search import make_plan, nothing_fits
 from lasp.models.config import ModelConfig
@@ -23,10 +24,10 @@ K, M = 2**10, 2**20
 H100 = Fabric.of("h100-ib")
 
 
-def job(name="linear-llama3-1b", fabric="a100-ib", **options) -> Job:
+def job(name="linear-llama3-1b", fabric="a100-ib", **options) -> PlannedJob:
     wires = Fabric.of(fabric)
     options = {"seq_len": 4 * M, "gpus": 16, **options}
-    return Job(model=ModelConfig.preset(name), fabric=wires, device=device_of(None, wires), **options)
+    return PlannedJob(model=ModelConfig.preset(name), fabric=wires, device=device_of(None, wires), **options)
 
 
 def planned(*arguments) -> str:
@@ -100,9 +101,9 @@ def test_hybrids_price_their_softmax_layers():
     model = {"pattern": "LLLS", "kv_heads": 4}
     wires = Fabric.of("h100-ib")
     config = dataclasses.replace(ModelConfig.preset("linear-llama3-1b"), **model)
-    plan = make_plan(Job(config, seq_len=256 * K, gpus=16, fabric=wires, device=device_of(None, wires)))
+    plan = make_plan(PlannedJob(config, seq_len=256 * K, gpus=16, fabric=wires, device=device_of(None, wires)))
     assert plan.best.softmax_exchange in ("all_gather", "ring")  # 4 key heads do not divide over 16 ranks
-    whole = make_plan(Job(ModelConfig.preset("linear-llama3-1b"), 256 * K, 16, wires, device_of(None, wires)))
+    whole = make_plan(PlannedJob(ModelConfig.preset("linear-llama3-1b"), 256 * K, 16, wires, device_of(None, wires)))
     assert plan.best.tokens_per_s < whole.best.tokens_per_s
 
 

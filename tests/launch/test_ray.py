@@ -308,13 +308,13 @@ def test_a_first_rank_sends_what_its_launcher_shows(tmp_path, capsys):
     config = tiny_config(tmp_path, "steps=900")
     config.run_dir.mkdir()
     watch(store)
-    with Report(config, 0, active=True, store=store) as report:
+    with Report(config.run_dir, 900, config.log, 0, active=True, store=store) as report:
         report.say("a word")
         for step in range(1, 901):
             record = {"step": step, "loss": 1.0, "grad_norm": 0.5, "tokens_per_s": 10.0, "seconds": 1e-3}
             report.step(record | ({"eval_loss": 2.0} if step == 77 else {}))
     assert capsys.readouterr().out == "" and len(losses(config.run_dir)) == 900
-    show(store, Screen(config))
+    show(store, Screen(900, config.log.every_s))
     shown = capsys.readouterr().out
     assert "a word\n" in shown and "held-out loss 2.0000" in shown
     assert "step    900/900" in shown and shown.count("tokens/s") < 450  # every eye has its limit

@@ -116,7 +116,7 @@ def test_a_run_with_a_tokenizer_file_is_resumed_and_generates_from_another_direc
 def test_the_cached_library_is_named_after_its_tokenizer(tmp_path, monkeypatch):
     source = tmp_path / "a.py"
     source.write_text("x = 1\n")
-    monkeypatch.setattr("lasp.launch.data.stdlib_files", lambda: [source])
+    monkeypatch.setattr("lasp.launch.data.stream.stdlib_files", lambda: [source])
     digest = fingerprint(OtherTokenizer())[:12]
     assert open_source("stdlib", tmp_path, OtherTokenizer()).prefix.name == f"stdlib-other-{digest}"
     assert open_source("stdlib", tmp_path, ByteTokenizer()).prefix.name == "stdlib-bytes"

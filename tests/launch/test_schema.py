@@ -3,7 +3,7 @@ import re
 import pytest
 
 from lasp.launch.config.schema import RunConfig, load_config
-from tests.launch.helpers import tiny_yaml
+from tests.launch.helpers import tiny_config, tiny_yaml
 
 
 def test_overrides_and_aliases_win_over_the_file(tmp_path):
@@ -12,6 +12,14 @@ def test_overrides_and_aliases_win_over_the_file(tmp_path):
     assert (config.cp_size, config.optimizer.lr, config.data.batch_size) == (2, 1e-3, 3)
     assert config.model.mixer.decay == "channel" and config.model.mixer.heads == 1  # gla, with one field on top
     assert load_config(path, ["cp_size=2", "model.norm_eps=1e-6"]).model.norm_eps == 1e-6
+
+
+def test_ranks_follow_from_the_sizes(tmp_path):
+    megatron = ["backend=megatron", "tp=2", "pp=3", "cp=4"]
+    assert tiny_config(tmp_path).num_ranks == 1
+    assert tiny_config(tmp_path, "cp=4", "dp=2").num_ranks == 8
+    assert (open_dp := tiny_config(tmp_path, *megatron)).num_ranks == open_dp.ranks_per_sequence == 24
+    assert tiny_config(tmp_path, *megatron, "dp=2").num_ranks == 48
 
 
 def test_a_configuration_survives_json(tmp_path):

@@ -71,7 +71,7 @@ def plant(model, fault, rank):
 
 def rank_trace(group, config, fault):
     mesh = Mesh.build(torch.distributed.get_world_size(group), 1, group)
-    model = verifying.make_model(config, config.torch_dtype, mesh)
+    model = verifying.make_model(config.model, config.seed, config.torch_dtype)
     plant(model, fault, mesh.cp_rank)
     with mock.patch.dict(EXCHANGES, {"forgets": ForgetsGradients}):
         return verifying.trace_step(model, *verifying.first_batches(config, mesh), mesh)
