@@ -39,14 +39,7 @@ SHARED_BYTES = {80: 101376, 90: 232448, 100: 232448}  # 80: what sm_86, sm_89 an
 SPILL_BYTES = {"local_states": 0, "o": 0, "dq": 0}  # on sm_90; elsewhere:
 SPILL_BYTES_OTHERWISE = 64
 # what decides the code: the decay, whether a fixed one is learned, and whether there is an order
-CASES = {
-    "none": Decay.NONE,
-    "fixed": Decay.FIXED,
-    "learned": Decay.FIXED,
-    "token": Decay.TOKEN,
-    "channel": Decay.CHANNEL,
-    "bidirectional": Decay.NONE,
-}
+CASES = {kind.name.lower(): kind for kind in Decay} | {"learned": Decay.FIXED, "bidirectional": Decay.NONE}
 LENGTHS, HEADS = (1 << 16, 1 << 11), 16  # of both buckets of B * H * T
 
 
@@ -119,7 +112,7 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
         exits = forward.state_maps().state
         forward.finish(state if entered else None)
         known = {"saved": forward.saved, "entry": state if entered else None, "exits": exits, "do": do}
-        backward = Backward(*inputs, **known, needs_dg=case in ("learned", "token", "channel"))
+        backward = Backward(*inputs, **known, needs_dg=case == "learned" or CASES[case].per_token)
         backward.state_maps(local=True)
         backward.finish(state if entered else None)
     return list(found)

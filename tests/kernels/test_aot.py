@@ -81,7 +81,7 @@ def test_what_changes_the_code_is_compiled_again(monkeypatch, change):
         fitted = triton_tiles.fit
         monkeypatch.setattr(triton_tiles, "fit", lambda *args: fitted(*args) | {"o": triton_tiles.Tile(16, 1, 1)})
     elif change == "a launch":
-        monkeypatch.setattr(lightning, "TOKEN", 3)
+        monkeypatch.setattr(lightning, "CHUNK_SAFE", 32)
     elif change == "a budget":
         monkeypatch.setattr(aot, "SPILL_BYTES_OTHERWISE", 63)
     else:
