@@ -14,7 +14,7 @@ from lasp.layout import SequenceLayout
 from lasp.models.config import ModelConfig
 from lasp.models.features import FEATURES
 from lasp.models.gates import GATES
-from lasp.models.linear_llama import LinearLlama
+from lasp.models.linear_llama import LinearLlama, num_parameters
 from lasp.models.presets import MIXER_PRESETS
 from lasp.parallel.engines.build import build_engine
 from lasp.parallel.engines.optimizer import OptimizerSettings
@@ -175,7 +175,7 @@ def test_what_is_held_is_the_closed_form_of_the_engine(engine, width, ranks):
 
 def test_a_model_smaller_than_a_bucket_is_gathered_whole():
     config = config_of({"mixer": "basic"}, num_layers=3)
-    n = config.num_parameters() - config.dim  # without the final norm
+    n = num_parameters(config) - config.dim  # without the final norm
     held = predict_memory(config, Setup("zero3", Load(100, 4, "cpu"), ranks=4)).held
     assert total(held) == pytest.approx(n * (4 + 4 + 4 + 8) / 4 + 4 * n + 4 * n + 16 * 100, rel=1e-12)
 
