@@ -28,7 +28,7 @@ $(TESTS): $(RUN)
 
 # Static checkers do not follow the mapping of an editable install.
 $(TYPED): $(TESTS) $(shell find kernels lasp parallel launch -name '*.py')
-	rm -rf build/site
+	rm -rf build
 	$(PIP) --no-deps --target build/site .
 	touch $@
 

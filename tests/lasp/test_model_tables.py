@@ -10,7 +10,7 @@ from torch import nn
 from lasp.cost.fabric import Fabric
 from lasp.launch import verify
 from lasp.launch.config.schema import load_config
-from lasp.launch.plan.question import Job, device_of
+from lasp.launch.plan.question import PlannedJob, device_of
 from lasp.launch.plan.search import make_plan
 from lasp.layout import SequenceLayout
 from lasp.models.config import MixerConfig, ModelConfig
@@ -95,7 +95,7 @@ def test_the_memory_model_counts_what_they_keep(entries, mixer, width):
 def test_the_planner_plans_them(entries, monkeypatch):
     wires = Fabric.of("h100-ib")
     config = config_of("both", dim=1024, heads=8, num_layers=8, ffn_dim=4096)
-    question = Job(config, 2**18, 8, wires, device_of(None, wires))
+    question = PlannedJob(config, 2**18, 8, wires, device_of(None, wires))
     leanest = lambda: min(c.memory.peak for c in make_plan(question).candidates if not c.recompute)  # noqa: E731
     lean = leanest()
     sizes = LinearSizes.of(config)
