@@ -6,10 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lasp.models.config import ModelConfig
 from lasp.parallel.checkpoints.checkpoint import MODEL, SHARDS, Checkpoint
@@ -39,7 +36,10 @@ def parameter_index(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
     """The parameters of a distributed checkpoint, whole, by global name; the fp32 master copy where there is one."""
-    known = FileSystemReader(folder).read_metadata().state_dict_metadata
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {key: value for key, value in known.items() if isinstance(value, TensorStorageMetadata)}
     names = {key: key for key in tensors if not key.startswith("optimizer.")}  # global name -> key
     names |= {key.removeprefix(prefix): key for prefix in MASTERS for key in tensors if key.startswith(prefix)}
@@ -48,5 +48,5 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(wanted, storage_reader=FileSystemReader(folder), no_dist=True)
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     return {name: wanted[key] for name, key in names.items()}

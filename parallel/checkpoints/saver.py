@@ -11,6 +11,7 @@ would meet. Until the last rename the directory has a name that no reader looks 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from lasp import comm
 from lasp.parallel.checkpoints.checkpoint import (
@@ -73,7 +73,6 @@ class Saver:
         self._writers = mesh  # who writes: the same ranks, over the group that they write over
         if self._background and group is not None:
             self._writers = dataclasses.replace(mesh, world_group=group, device=torch.device("cpu"))
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=mesh.device.type == "cuda")  # pinned, and kept
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -85,6 +84,13 @@ class Saver:
             self.wait()
         elif self._thread is not None and not issubclass(kind, comm.CommError):
             self._thread.join()  # the run ends with its own error
+
+    @functools.cached_property
+    def _stager(self) -> Any:
+        """Copies states to host memory."""
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager  # late: see tensor_files
+
+        return BlockingAsyncStager(cache_staged_state_dict=self._mesh.device.type == "cuda")  # pinned, and kept
 
     @property
     def failed(self) -> bool:

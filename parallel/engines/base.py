@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from lasp import comm
 from lasp.layout import SequenceLayout
 from lasp.parallel.engines.kinds import EngineKind
-from lasp.parallel.engines.offload import SavedTensors
 from lasp.parallel.engines.optimizer import OptimizerSettings
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, LossModel, count_labels, evaluate
@@ -188,6 +187,8 @@ class ModuleEngine(Engine):
 
     def offload_activations(self) -> None:
         """Keep what forward passes save for their backward in host memory; see :mod:`lasp.parallel.engines.offload`."""
+        from lasp.parallel.engines.offload import SavedTensors  # late: DTensor, which a ddp rank has no other use for
+
         SavedTensors(self.model, self.mesh.device, to_host=True)
 
     @abstractmethod

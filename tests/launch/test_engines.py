@@ -107,6 +107,6 @@ def test_engines_that_cannot_run_are_refused_before_anything_starts(tmp_path, mo
 def test_offload_activations_reaches_the_engine(tmp_path):
     path = _config(tmp_path / "offload")
     for override, made in ([], 0), (["offload_activations=true"], 1):
-        with mock.patch("lasp.parallel.engines.base.SavedTensors") as saved:
+        with mock.patch("lasp.parallel.engines.offload.SavedTensors") as saved:
             make_engine(load_config(path, override), Mesh.build())
         assert saved.call_count == made

@@ -126,7 +126,7 @@ def test_a_full_disk_is_one_message(monkeypatch, capsys, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lasp.parallel.checkpoints.tensor_files.HuggingFaceStorageWriter.write_data", full)
+    monkeypatch.setattr("torch.distributed.checkpoint.HuggingFaceStorageWriter.write_data", full)
     code, err = _run(monkeypatch, capsys, "train", tiny_yaml(tmp_path))
     assert code == 1 and re.search(r"^error: cannot write \S*step-00000002: No space left", err), err
     assert not list((tmp_path / "run" / "checkpoints").iterdir())

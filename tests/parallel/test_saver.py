@@ -52,7 +52,7 @@ def _none(rank):
 def _no_write(rank):
     """The disk of rank 2 is full."""
     full = OSError(errno.ENOSPC, "No space left on device")
-    where = "lasp.parallel.checkpoints.tensor_files.HuggingFaceStorageWriter.write_data"
+    where = "torch.distributed.checkpoint.HuggingFaceStorageWriter.write_data"
     return mock.patch(where, side_effect=full) if rank == 2 else mock.MagicMock()
 
 
