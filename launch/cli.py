@@ -61,10 +61,9 @@ def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool
     joins those it finds. Ctrl-C saves and stops; the same command goes on from there.
     """
     from lasp.launch.config.schema import load_config
-    from lasp.launch.run.rendezvous import Job
 
-    overrides = tuple(_with_aliases(overrides, **sizes))
-    run = load_config(config, overrides)
+    arguments = [config, *_with_aliases(overrides, **sizes)]
+    run = load_config(config, arguments[1:])
     if (print_only or slurm) and run.launcher != "torchrun":
         raise ValueError(
             f"{'--slurm' if slurm else '--print'} has no effect with launcher={run.launcher}. Add launcher=torchrun."
@@ -72,28 +71,20 @@ def train(config: str, overrides: tuple[str, ...], print_only: bool, slurm: bool
     if run.launcher == "ray":
         from lasp.launch.launchers.ray_cluster import run_ray
 
-        return run_ray(run)
-    job = Job.from_environment()
-    if print_only or slurm:
-        from lasp.launch.launchers import torchrun
+        run_ray(run)
+    elif slurm:
+        from lasp.launch.launchers.torchrun import sbatch_script
 
-        if slurm:
-            click.echo(torchrun.sbatch_script(run, [config, *overrides]), nl=False)
-            return
-        for node, command in enumerate(torchrun.all_commands(run, [config, *overrides])):
+        click.echo(sbatch_script(run, arguments), nl=False)
+    elif print_only:
+        from lasp.launch.launchers.torchrun import all_commands
+
+        for node, command in enumerate(all_commands(run, arguments)):
             click.echo(f"# node {node}\n{command}")
-    elif job is None and run.launcher == "torchrun":
-        from lasp.launch.launchers.torchrun import run_node
-
-        run_node(run, [config, *overrides])
-    elif job is None and run.num_ranks > 1:
-        from lasp.launch.launchers.local import run_local
-
-        run_local(run, run.num_ranks)
     else:
-        from lasp.launch.train import train as train_on_this_rank
+        from lasp.launch.launchers.start import start
 
-        train_on_this_rank(run)
+        start("train", run, arguments)
 
 
 @cli.command()
@@ -105,26 +96,17 @@ def doctor(config: str | None, overrides: tuple[str, ...], **sizes: int | None) 
 
     Runs the ranks that training would run: start it in the same way. Exit code 0 only when nothing is wrong.
     """
-    from lasp.launch.config.schema import load_config
-    from lasp.launch.doctor import examine as doctor
-    from lasp.launch.run.rendezvous import Job
+    if config is not None:
+        from lasp.launch.config.schema import load_config
+        from lasp.launch.launchers.start import start
 
-    if config is None:
-        if given := [f"--{name}" for name, size in sizes.items() if size is not None]:
-            raise ValueError(f"{given[0]} has no effect without CONFIG. Name a YAML file, or leave it out.")
-        return doctor.examine(None)
-    overrides = tuple(_with_aliases(overrides, **sizes))
-    run = load_config(config, overrides)
-    if Job.from_environment() is None and run.launcher == "torchrun":
-        from lasp.launch.launchers.torchrun import run_node
+        arguments = [config, *_with_aliases(overrides, **sizes)]
+        return start("doctor", load_config(config, arguments[1:]), arguments)
+    if given := [f"--{name}" for name, size in sizes.items() if size is not None]:
+        raise ValueError(f"{given[0]} has no effect without CONFIG. Name a YAML file, or leave it out.")
+    from lasp.launch.doctor.examine import examine
 
-        run_node(run, [config, *overrides], work="doctor")
-    elif Job.from_environment() is None and run.num_ranks > 1:
-        from lasp.launch.launchers.local import run_local
-
-        run_local(run, run.num_ranks, doctor.WORK)
-    else:
-        doctor.examine(run)
+    examine(None)
 
 
 @cli.command()

@@ -34,7 +34,6 @@ from lasp.models.linear_llama import LinearLlama
 from lasp.models.sizes import LinearSizes
 from lasp.parallel.mesh import Mesh
 
-WORK = "lasp.launch.doctor.examine:examine"
 _SIZES = (4 * 2**10, 256 * 2**10, 16 * 2**20)  # bytes that each rank brings to an all-gather
 _GATHERED = 2**30  # at most so many bytes on a rank
 _ROUNDS = 5
