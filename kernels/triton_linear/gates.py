@@ -159,18 +159,13 @@ def flagged(p_flags, i_bh, i_n, N, H: tl.constexpr, HG: tl.constexpr):
 
 
 @triton.jit
-def sums_at(
-    p_coarse, p_fine, i_b, i_hg, start, T,
-    HG: tl.constexpr, K: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """``coarse`` and ``fine`` of gate head i_hg, from token ``start`` on; as they came where nothing is stored."""
-    if DECAY == TOKEN:
-        p_fine += (i_b * HG + i_hg).to(tl.int64) * T + start
-        if EXACT:
-            p_coarse += (i_b * HG + i_hg).to(tl.int64) * T + start
+def sums_at(p, i_b, i_hg, start, T, HG: tl.constexpr, K: tl.constexpr, DECAY: tl.constexpr):
+    """Where ``coarse`` or ``fine`` (TOKEN, CHANNEL) holds token ``start`` of gate head i_hg."""
     if DECAY == CHANNEL:
-        p_fine += ((i_b * T + start).to(tl.int64) * HG + i_hg) * K
-    return p_coarse, p_fine
+        p += ((i_b * T + start).to(tl.int64) * HG + i_hg) * K
+    else:
+        p += (i_b * HG + i_hg).to(tl.int64) * T + start
+    return p
 
 
 @triton.jit

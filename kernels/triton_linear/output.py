@@ -129,7 +129,10 @@ def walk(
     KEYS: tl.constexpr = DZ if SWAP else DX
     cols_k = cols_z if SWAP else cols_x
     slope = fixed_slope(p_g, i_hg, DECAY=DECAY)
-    p_coarse, p_fine = sums_at(p_coarse, p_fine, i_b, i_hg, start, T, HG=HG, K=KEYS, DECAY=DECAY, EXACT=EXACT)
+    if p_fine is not None:
+        p_fine = sums_at(p_fine, i_b, i_hg, start, T, HG=HG, K=KEYS, DECAY=DECAY)
+    if p_coarse is not None:
+        p_coarse = sums_at(p_coarse, i_b, i_hg, start, T, HG=HG, K=KEYS, DECAY=DECAY)
 
     b_state = entry_state(
         p_states=p_states, p_entry=p_entry, p_entry_decay=p_entry_decay, p_pieces=p_pieces, slope=slope,

@@ -48,7 +48,10 @@ def local_states(
     p_x += (token * HX + i_h // (H // HX)) * K
     p_z += (token * HZ + i_h // (H // HZ)) * V
     slope = fixed_slope(p_g, i_hg, DECAY=DECAY)
-    p_coarse, p_fine = sums_at(p_coarse, p_fine, i_b, i_hg, start, T, HG=HG, K=K, DECAY=DECAY, EXACT=EXACT)
+    if p_fine is not None:
+        p_fine = sums_at(p_fine, i_b, i_hg, start, T, HG=HG, K=K, DECAY=DECAY)
+    if p_coarse is not None:
+        p_coarse = sums_at(p_coarse, i_b, i_hg, start, T, HG=HG, K=K, DECAY=DECAY)
     rows, cols_k, cols_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     at_x = rows[:, None] * (HX * K) + cols_k[None, :]
     at_z = rows[:, None] * (HZ * V) + cols_v[None, :]
