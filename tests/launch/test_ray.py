@@ -377,7 +377,7 @@ def test_a_killed_rank_leaves_the_curve_as_it_was(ranks, cluster, tmp_path, dp):
     assert losses(tmp_path / "run") == losses(plain / "run"), output
     assert "was killed by SIGKILL" in output and "Restart 1 of at most 3, from the last checkpoint" in output
     assert "step     40/40  loss" in output and "step     40  held-out loss" in output
-    assert output.count("rank 0 on node" if dp == 1 else "ranks 0-1 on node") == 2 and "127.0.0.1:" in output
+    assert output.count("ranks 0 on node" if dp == 1 else "ranks 0-1 on node") == 2 and "127.0.0.1:" in output
     assert not rank_pids(tmp_path / "run")
 
 
