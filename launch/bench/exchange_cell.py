@@ -21,8 +21,6 @@ from lasp.kernels.state import StateMap
 from lasp.launch.bench.ranks import Ranks
 from lasp.parallel.mesh import Mesh
 
-NAMES = (*EXCHANGES, AUTO)
-_BY_FABRIC = ("all_scan", "hierarchical", AUTO)  # take their slices from a fabric
 KINDS = ("identity", "scalar", "diagonal", "dense")
 LAYOUTS = ("contiguous", "zigzag")
 DIM = 64  # K = V of a head
@@ -129,7 +127,7 @@ def context_over(
     mesh: Mesh, layout: SequenceLayout, exchange: str, nodes: Sequence[int], fabric: dict[str, Any] | None
 ) -> CPContext:
     """The context of an exchange, with the fabric (plain values) where it takes its slices from one."""
-    if exchange not in _BY_FABRIC or fabric is None:
+    if fabric is None or not (exchange == AUTO or EXCHANGES[exchange].takes_fabric):
         return CPContext(layout, mesh.cp_group, exchange)
     built = Fabric(**{**fabric, **{level: Link(**fabric[level]) for level in ("within", "between")}})
     return CPContext(layout, mesh.cp_group, exchange, nodes=nodes, fabric=built)

@@ -22,7 +22,7 @@ import torch
 
 from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.cost.fabric import Fabric
-from lasp.launch.bench.baselines import METHODS, Method
+from lasp.launch.bench.baselines import Method, methods
 from lasp.launch.bench.exchange_cell import context_over
 from lasp.launch.bench.ranks import Ranks
 from lasp.launch.bench.results import table
@@ -48,7 +48,7 @@ def compare(
     """
     if ranks.size < 2:
         raise ValueError("methods are compared between ranks, got 1 rank. Start at least two: --ranks 2.")
-    skipped = {name: _unserved(name, METHODS[name], ranks.size, heads, fabric) for name in names}
+    skipped = {name: _unserved(name, methods()[name], ranks.size, heads, fabric) for name in names}
     served = [name for name in names if not skipped[name]]
     layer = {
         "names": served,
@@ -68,7 +68,7 @@ def compare(
     times = {name: [max(t) for t in zip(*(a[name] for a in answers))] for name in (*served, SILENT, ALONE)}
     rows = []
     for name in names:
-        row = {"method": name, "label": METHODS[name].label}
+        row = {"method": name, "label": methods()[name].label}
         if skipped[name]:
             rows.append({**row, "skipped": skipped[name]})
             continue
@@ -155,7 +155,7 @@ class _Layer:
 
     def by(self, name: str) -> Callable[[], list[torch.Tensor]]:
         """The step by a method."""
-        method = METHODS[name]
+        method = methods()[name]
         cp = self.context(method.exchange or "all_gather")
         return lambda: self.step(lambda *x: method(*x, cp))
 
