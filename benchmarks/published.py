@@ -27,8 +27,9 @@ import numpy as np
 from published_data import COLLECTIVE_MS, TABLE_6, THROUGHPUT, K
 from published_report import plot, tables, write_tables
 
-from lasp.cost import EXCHANGES, Case, choose, estimate
+from lasp.cost import Case
 from lasp.cost.fabric import Fabric, Link
+from lasp.exchange import EXCHANGES, choose, estimate
 from lasp.launch.versions import commit
 
 FITTED = {"collective": (8, 32, 128), "throughput": (8, 128), "table_6": (16, 64)}

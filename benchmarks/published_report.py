@@ -10,11 +10,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from lasp.exchange import EXCHANGES
+
 COLOURS = {
     "all_gather": "tab:red", "ring": "tab:brown", "all_scan": "tab:blue", "log_scan": "tab:orange",
     "hierarchical": "tab:green", "LASP-1": "tab:brown", "LASP-2": "tab:red", "ZeCO": "tab:blue", "no SP": "0.4",
 }  # fmt: skip
-EXCHANGES = ("all_gather", "ring", "all_scan", "log_scan", "hierarchical")
+OTHER_COLOURS = ("tab:purple", "tab:pink", "tab:olive", "tab:cyan")  # of exchanges that are not among them
 
 
 def tables(result: dict) -> dict[str, str]:
@@ -161,14 +163,20 @@ def _save(figure, axes, title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def _colour(name: str) -> str:
+    """Of an exchange."""
+    others = [exchange for exchange in EXCHANGES if exchange not in COLOURS]
+    return COLOURS[name] if name in COLOURS else OTHER_COLOURS[others.index(name) % len(OTHER_COLOURS)]
+
+
 def _plot_exchange(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.2))
     predicted = result["predicted_exchange"]
     for name in EXCHANGES:
         published = [r for r in result["collective"] if r["exchange"] == name]
         style, label = ("-", f"{name}, model") if published else ("--", f"{name}, predicted")
-        axes.plot([r["gpus"] for r in predicted], [r[name] for r in predicted], style, color=COLOURS[name], label=label)
-        _marks(axes, published, COLOURS[name], name)
+        axes.plot([r["gpus"] for r in predicted], [r[name] for r in predicted], style, color=_colour(name), label=label)
+        _marks(axes, published, _colour(name), name)
     axes.axhline(0.5, color="0.5", linewidth=0.8, linestyle=":", label="aim at 256 GPUs")
     axes.set_yscale("log")
     _axes(axes, "one exchange, ms")
@@ -195,7 +203,7 @@ def _plot_share(result: dict, path: Path) -> None:
         for name in EXCHANGES:
             rows = [r for r in result["predicted_share"] if r["setting"] == first]
             share = [100 * r[name] for r in rows]
-            axes.plot([r["gpus"] for r in rows], share, color=COLOURS[name], label=f"{name}, {first}")
+            axes.plot([r["gpus"] for r in rows], share, color=_colour(name), label=f"{name}, {first}")
         for setting, style in zip(others, ("--", ":"), strict=True):
             rows = [r for r in result["predicted_share"] if r["setting"] == setting]
             share = [100 * r["auto"] for r in rows]

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lasp.checks import check_not_empty, check_scale, check_tensors
+from lasp.checks import check_not_empty, check_scale, check_tensors, not_one_of
 from lasp.cp_context import CPContext
 from lasp.exchange import AUTO
-from lasp.softmax.choice import SOFTMAX_EXCHANGES, softmax_choice
-from lasp.softmax.gather import GatherAttention
-from lasp.softmax.ring import RingAttention
-from lasp.softmax.ulysses import UlyssesAttention, check_heads
-from lasp.softmax.window import WindowAttention
+from lasp.softmax.choice import softmax_choice
+from lasp.softmax.table import SOFTMAX_EXCHANGES, check_heads, check_window, softmax_names
 
 
 def softmax_attention(
@@ -63,29 +60,20 @@ def softmax_attention(
     if exchange == AUTO:
         heads, widths = (q.shape[2], k.shape[2]), (q.shape[3], v.shape[3])
         exchange = softmax_choice(cp, q.shape[0], heads, widths, q.element_size(), window).exchange
-    if exchange == "ulysses":
-        check_heads(q.shape[2], k.shape[2], cp.cp_size)
-        return UlyssesAttention.apply(q, k, v, cp, causal, window, scale)
-    if exchange == "ring":
-        return RingAttention.apply(q, k, v, cp, causal, scale)
-    if window is not None:
-        return WindowAttention.apply(q, k, v, cp, window, scale)
-    return GatherAttention.apply(q, k, v, cp, causal, scale)
+    check_heads(exchange, q.shape[2], k.shape[2], cp.cp_size)
+    return SOFTMAX_EXCHANGES[exchange].attend(q, k, v, cp, causal, window, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float | None, exchange: str):
-    if exchange not in (*SOFTMAX_EXCHANGES, AUTO):
-        raise ValueError(f"exchange must be one of {(*SOFTMAX_EXCHANGES, AUTO)}, got {exchange!r}.")
+    if exchange not in softmax_names():
+        raise ValueError(f"exchange {not_one_of(softmax_names(), exchange)}")
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"window must be an int of at least 1 (the token itself) or None, got {window!r}.")
         if not causal:
             raise ValueError(f"window={window} needs causal=True: it keeps the newest keys. Leave window None.")
-        if exchange == "ring":
-            raise ValueError(
-                f"window={window} has no use for exchange='ring': whole shards would travel for {window - 1} tokens. "
-                "Use 'all_gather', which fetches just these, or 'ulysses'."
-            )
+        if exchange != AUTO:
+            check_window(exchange, window)
     check_scale(scale, "D ** -0.5", positive=True)
     check_tensors(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):

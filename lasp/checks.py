@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def not_one_of(names: Iterable[str], value: object) -> str:
+    """The rule that a name breaks which is none of ``names``, with the one that it looks like."""
+    known = tuple(names)
+    close = difflib.get_close_matches(str(value), known, n=1)
+    return f"must be one of {known}, got {value!r}." + "".join(f" Did you mean {name!r}?" for name in close)
 
 
 def check_tensors(*, optional: Container[str] = (), **arguments: Tensor | None) -> None:

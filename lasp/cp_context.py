@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lasp.checks import not_one_of
 from lasp.comm.nodes import node_ids
 from lasp.context.context import Context
 from lasp.cost.fabric import PRESETS, Fabric
-from lasp.exchange import AUTO, EXCHANGES
+from lasp.exchange import AUTO, EXCHANGES, names
 from lasp.layout import SequenceLayout
-from lasp.softmax.choice import SOFTMAX_EXCHANGES
+from lasp.softmax.table import SOFTMAX_EXCHANGES, softmax_names
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class CPContext(Context):
     Args:
         layout: who owns which tokens, and the packed documents.
         group: the cp_group; None is the default group. :meth:`local` puts :class:`Alone` here.
-        exchange: how linear layers turn state maps into entry states: ``all_gather`` (LASP-2), ``ring`` (LASP-1),
-            ``all_scan`` (ZeCO), ``log_scan``, ``hierarchical``, or ``auto``: the one that is predicted to be fastest
-            on ``fabric`` for each kind of layer. All give the same numbers.
-        nodes: the node of each cp rank, for ``hierarchical`` and wherever ``fabric`` is given. None: asked once per
-            group, from host names, by one all-gather.
-        fabric: the links, for ``auto``; for ``all_scan`` and ``hierarchical`` it sets the number of slices. A
-            :class:`~lasp.cost.fabric.Fabric`, the name of a preset, or a file of measurements.
+        exchange: how linear layers turn state maps into entry states: a name in :data:`lasp.exchange.EXCHANGES`, or
+            ``auto``: the one that is predicted to be fastest on ``fabric`` for each kind of layer. All give the same
+            numbers.
+        nodes: the node of each cp rank, for exchanges that treat nodes apart (``hierarchical``) and wherever ``fabric``
+            is given. None: asked once per group, from host names, by one all-gather.
+        fabric: the links, for ``auto``; it sets the number of slices where a state travels in slices (``all_scan``,
+            ``hierarchical``). A :class:`~lasp.cost.fabric.Fabric`, the name of a preset, or a file of measurements.
         wire_dtype: ``torch.bfloat16`` halves the states on the wire, at 2^-9 relative per rounding: once for
             ``all_gather``, once per hop in a chain. None: as they are.
         softmax_exchange: that of the model's softmax layers, see :func:`lasp.softmax_attention`.
@@ -76,7 +77,7 @@ class CPContext(Context):
             return
         _check_group(layout, group, nodes)
         nodes = None if nodes is None else tuple(nodes)
-        if exchange != "all_gather" or softmax_exchange in ("ring", AUTO):
+        if _goes_by_messages(exchange, softmax_exchange):
             found = node_ids(group)  # also where it is known: NCCL's first collective must be one of all ranks
             nodes = found if nodes is None else nodes
         super().__init__(
@@ -183,28 +184,36 @@ def _check_group(layout: SequenceLayout, group: dist.ProcessGroup | None, nodes:
         )
 
 
+def _goes_by_messages(exchange: str, softmax_exchange: str) -> bool:
+    """Whether layers under these names may send from rank to rank."""
+    named = (EXCHANGES.get(exchange), SOFTMAX_EXCHANGES.get(softmax_exchange))
+    return any(entry is None or not entry.in_collective for entry in named)  # None: auto
+
+
 def check_exchange(exchange, nodes, fabric, wire_dtype, softmax_exchange) -> None:
     """Refuse what cannot be, and options that would have no effect."""
-    if exchange not in (*EXCHANGES, AUTO):
-        raise ValueError(f"exchange must be one of {(*EXCHANGES, AUTO)}, got {exchange!r}.")
-    if softmax_exchange not in (*SOFTMAX_EXCHANGES, AUTO):
-        raise ValueError(f"softmax_exchange must be one of {(*SOFTMAX_EXCHANGES, AUTO)}, got {softmax_exchange!r}.")
-    for key, value, names in (
+    if exchange not in names():
+        raise ValueError(f"exchange {not_one_of(names(), exchange)}")
+    if softmax_exchange not in softmax_names():
+        raise ValueError(f"softmax_exchange {not_one_of(softmax_names(), softmax_exchange)}")
+    for key, value, known in (
         ("exchange", exchange, tuple(EXCHANGES)),
-        ("softmax_exchange", softmax_exchange, SOFTMAX_EXCHANGES),
+        ("softmax_exchange", softmax_exchange, tuple(SOFTMAX_EXCHANGES)),
     ):
         if value == AUTO and fabric is None:
             raise ValueError(
                 f"{key}='auto' chooses by the links between ranks: fabric must name a preset, {', '.join(PRESETS)}, or "
-                f"a file that `lasp bench fabric` wrote, got None. Or name one of {names}."
+                f"a file that `lasp bench fabric` wrote, got None. Or name one of {known}."
             )
-    if fabric is not None and exchange not in (AUTO, "all_scan", "hierarchical") and softmax_exchange != AUTO:
+    by_fabric = exchange == AUTO or EXCHANGES[exchange].takes_fabric
+    if fabric is not None and not by_fabric and softmax_exchange != AUTO:
         name = getattr(fabric, "name", fabric)
+        sliced = " and ".join(repr(e.name) for e in EXCHANGES.values() if e.takes_fabric)
         raise ValueError(
             f"fabric has no effect on exchange={exchange!r}; leave it None, got {str(name)!r:.80}. It chooses for "
-            "'auto', and the number of slices for 'all_scan' and 'hierarchical'."
+            f"'auto', and the number of slices for {sliced}."
         )
-    if nodes is not None and exchange != "hierarchical" and fabric is None:
+    if nodes is not None and fabric is None and not EXCHANGES[exchange].needs_nodes:
         raise ValueError(f"nodes has no effect on exchange={exchange!r}; leave it None, got {nodes!r:.80}.")
     if wire_dtype not in (None, torch.bfloat16):
         raise ValueError(f"wire_dtype must be torch.bfloat16 or None, got {wire_dtype!r}.")

@@ -1,7 +1,7 @@
 """One training run, top to bottom: ``train(config)`` on every rank, whoever started it.
 
-    lasp train configs/quickstart.yaml                                              starts ranks of its own
-    torchrun --nproc-per-node 4 -m lasp.launch.cli train configs/quickstart.yaml    joins those that it finds
+lasp train configs/quickstart.yaml                                              starts ranks of its own
+torchrun --nproc-per-node 4 -m lasp.launch.cli train configs/quickstart.yaml    joins those that it finds
 """
 
 from __future__ import annotations

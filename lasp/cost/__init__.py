@@ -1,10 +1,10 @@
 """What exchanges cost on a fabric: the links, what travels over them, and the time that it takes."""
 
 from lasp.cost.estimates import (
-    EXCHANGES,
-    SOFTMAX_EXCHANGES,
     Choice,
     Estimate,
+    Modelled,
+    ModelledSoftmax,
     choose,
     choose_softmax,
     estimate,
@@ -13,11 +13,11 @@ from lasp.cost.estimates import (
 from lasp.cost.traffic import Case, check_nodes
 
 __all__ = [
-    "EXCHANGES",
-    "SOFTMAX_EXCHANGES",
     "Case",
     "Choice",
     "Estimate",
+    "Modelled",
+    "ModelledSoftmax",
     "check_nodes",
     "choose",
     "choose_softmax",

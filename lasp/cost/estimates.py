@@ -18,31 +18,51 @@ An exchange is a list of phases, one after the other, and costs the fabric's ``o
 Ring all-gather and recursive doubling: Thakur, Rabenseifner, Gropp, IJHPCA 19(1), 2005; all_scan: ZeCO, arXiv
 2507.01004; the chain: LASP-1, arXiv 2404.02882. Folding received states is not modelled: it is part of a fabric's
 latencies, which are measured with it.
+
+The exchanges themselves stand in the tables above this folder; here an exchange is what it sends, a :class:`Modelled`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from numbers import Real
+from typing import Protocol
 
 from lasp.cost.fabric import Fabric
-from lasp.cost.traffic import (
-    Case,
-    Traffic,
-    all_to_all,
-    chain,
-    check_nodes,
-    hierarchical,
-    log_scan,
-    ring_gather,
-    ring_pass,
-)
+from lasp.cost.traffic import Case, Traffic, check_nodes
 
-EXCHANGES = ("all_gather", "ring", "all_scan", "log_scan", "hierarchical")
-SOFTMAX_EXCHANGES = ("all_gather", "ring", "ulysses")
 MAX_SLICES = 64
+
+
+class Modelled(Protocol):
+    """What the model knows of an exchange of linear layers."""
+
+    @property
+    def name(self) -> str:
+        """In configurations and reports."""
+
+    @property
+    def keeps_transitions(self) -> bool:
+        """Whether every rank keeps all transitions from the forward, so that the backward sends none."""
+
+    def columns(self, case: Case) -> int:
+        """Value columns that may travel one after the other: no more slices than that; 1 where a state is not cut."""
+
+    def sent(self, case: Case, fabric: Fabric, slices: int) -> Traffic:
+        """What travels in one direction."""
+
+
+class ModelledSoftmax(Protocol):
+    """What the model knows of an exchange of softmax layers."""
+
+    @property
+    def name(self) -> str:
+        """In configurations and reports."""
+
+    def sent(self, nodes: tuple[int, ...], fabric: Fabric, kv_bytes: int, q_bytes: int, backward: bool) -> Traffic:
+        """What travels in one direction, as in :func:`estimate_softmax`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,7 @@ class Estimate:
     """What one exchange of one layer, in one direction, is predicted to take.
 
     Attributes:
-        exchange: one of :data:`EXCHANGES`, for a softmax layer of :data:`SOFTMAX_EXCHANGES`.
+        exchange: its name.
         slices: parts that a pipelined state travels in; 1 where it is not cut.
         seconds: from its start until the last rank has what it needs.
         messages, bytes_sent: what the busiest rank hands to the transport (an all-gather's one message is then passed
@@ -72,7 +92,7 @@ class Choice:
         exchange, slices, seconds: of the fastest estimate.
         exposed_s: the part of ``seconds`` that local work does not hide.
         reason: one sentence.
-        estimates: all candidates, in the order of :data:`EXCHANGES`.
+        estimates: all candidates, in the order given.
     """
 
     exchange: str
@@ -84,31 +104,31 @@ class Choice:
 
 
 def estimate(
-    exchange: str, case: Case, fabric: Fabric, *, slices: int | None = None, backward: bool = False
+    exchange: Modelled, case: Case, fabric: Fabric, *, slices: int | None = None, backward: bool = False
 ) -> Estimate:
     """The time of one exchange in one direction; with ``slices`` None in its best number of slices.
 
     Raises:
-        ValueError: no such exchange, or ``slices`` it cannot serve.
+        ValueError: ``slices`` it cannot serve.
     """
-    if exchange not in EXCHANGES:
-        raise ValueError(f"unknown exchange {exchange!r}: choose one of {', '.join(EXCHANGES)}.")
-    most = _most_slices(exchange, case)
+    most = max(1, min(MAX_SLICES, exchange.columns(case)))
     if slices is None:
         possible = [2**i for i in range(most.bit_length())]
     elif type(slices) is int and 1 <= slices <= most:
         possible = [slices]
     else:
         raise ValueError(
-            f"slices = {slices!r} must be an integer between 1 and {most} for {exchange} with "
+            f"slices = {slices!r} must be an integer between 1 and {most} for {exchange.name} with "
             f"{case.value_columns} value columns and {max(case.nodes)} ranks per node. Leave it None for the best."
         )
-    found = [_priced(exchange, s, _traffic(exchange, case, fabric, s, backward), fabric) for s in possible]
+    if backward and exchange.keeps_transitions:
+        case = replace(case, transition_bytes=0)
+    found = [_priced(exchange.name, s, exchange.sent(case, fabric, s), fabric) for s in possible]
     return min(found, key=lambda e: e.seconds)  # the first of equals: fewest slices
 
 
-def choose(case: Case, fabric: Fabric, *, hidden_s: float = 0.0) -> Choice:
-    """The exchange with the least exposed time, of equals the fastest, then the first of :data:`EXCHANGES`.
+def choose(exchanges: Sequence[Modelled], case: Case, fabric: Fabric, *, hidden_s: float = 0.0) -> Choice:
+    """The exchange with the least exposed time, of equals the fastest, then the first of ``exchanges``.
 
     ``hidden_s`` are seconds of local work while the exchange flies. The answer depends on the arguments alone, so ranks
     that share them agree without a message.
@@ -118,7 +138,7 @@ def choose(case: Case, fabric: Fabric, *, hidden_s: float = 0.0) -> Choice:
     """
     if not isinstance(hidden_s, Real) or not 0 <= hidden_s < inf:
         raise ValueError(f"hidden_s must be a finite number >= 0, got {hidden_s!r}.")
-    estimates = tuple(estimate(exchange, case, fabric) for exchange in EXCHANGES)
+    estimates = tuple(estimate(exchange, case, fabric) for exchange in exchanges)
     exposed = [max(0.0, e.seconds - hidden_s) for e in estimates]
     best = min(range(len(estimates)), key=lambda i: (exposed[i], estimates[i].seconds, i))
     taken = estimates[best]
@@ -127,54 +147,40 @@ def choose(case: Case, fabric: Fabric, *, hidden_s: float = 0.0) -> Choice:
 
 
 def estimate_softmax(
-    exchange: str, nodes: tuple[int, ...], kv_bytes: int, q_bytes: int, fabric: Fabric, *, backward: bool = False
+    exchange: ModelledSoftmax,
+    nodes: tuple[int, ...],
+    kv_bytes: int,
+    q_bytes: int,
+    fabric: Fabric,
+    *,
+    backward: bool = False,
 ) -> Estimate:
     """The time of a softmax layer's exchange in one direction.
-
-    - all_gather (LASP-2H): every rank gathers all keys and values by the ring algorithm; the backward scatters their
-      gradients the same way.
-    - ring (Ring Attention, arXiv 2310.01889): keys and values pass W - 1 neighbours; their gradients too
-      in the backward.
-    - ulysses (arXiv 2309.14509): all-to-all of q, k, v to heads, all-to-all of the output back; the backward
-      likewise.
 
     ``kv_bytes``: keys and values of one rank together; ``q_bytes``: its queries, of the size of its output.
 
     Raises:
-        ValueError: no such exchange, or a value that cannot be.
+        ValueError: a value that cannot be.
     """
-    if exchange not in SOFTMAX_EXCHANGES:
-        raise ValueError(f"unknown softmax exchange {exchange!r}: choose one of {', '.join(SOFTMAX_EXCHANGES)}.")
     check_nodes(nodes)
     for name, value in (("kv_bytes", kv_bytes), ("q_bytes", q_bytes)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-    ranks = sum(nodes)
-    if exchange == "all_gather":
-        traffic = ring_gather(nodes, fabric, kv_bytes)
-    elif exchange == "ring":
-        carried = kv_bytes * (2 if backward else 1)
-        traffic = ring_pass(nodes, fabric, carried, rings=1)
-    else:
-        parts = (q_bytes + kv_bytes, q_bytes)
-        phases = [phase for part in parts for phase in all_to_all(nodes, fabric, part)]
-        sent = sum(parts) * (ranks - 1) // ranks
-        traffic = Traffic(phases, 2 * ranks * (ranks - 1), ranks * sent, 2 * (ranks - 1), sent)
-    return _priced(exchange, 1, traffic, fabric)
+    return _priced(exchange.name, 1, exchange.sent(nodes, fabric, kv_bytes, q_bytes, backward), fabric)
 
 
 def choose_softmax(
-    nodes: tuple[int, ...], kv_bytes: int, q_bytes: int, fabric: Fabric, *, candidates: Sequence[str]
+    exchanges: Sequence[ModelledSoftmax], nodes: tuple[int, ...], kv_bytes: int, q_bytes: int, fabric: Fabric
 ) -> Choice:
-    """The exchange of a softmax layer whose forward and backward together take least, of equals the first candidate.
+    """The exchange of a softmax layer whose forward and backward together take least, of equals the first.
 
     Attention that hides it is not reckoned with. ``seconds`` are of both directions.
     """
     found = []
-    for exchange in candidates:
+    for exchange in exchanges:
         there, back = (estimate_softmax(exchange, nodes, kv_bytes, q_bytes, fabric, backward=b) for b in (False, True))
         messages, sent = there.messages + back.messages, there.bytes_sent + back.bytes_sent
-        found.append(Estimate(exchange, 1, there.seconds + back.seconds, messages, sent))
+        found.append(Estimate(exchange.name, 1, there.seconds + back.seconds, messages, sent))
     taken = min(found, key=lambda e: e.seconds)
     others = sorted((e for e in found if e is not taken), key=lambda e: e.seconds)
     after = f"; next is {others[0].exchange} with {_time(others[0].seconds)}" if others else ""
@@ -190,22 +196,6 @@ def _priced(exchange: str, slices: int, traffic: Traffic, fabric: Fabric) -> Est
     if traffic.all_messages:  # one rank exchanges nothing
         seconds += fabric.overhead_s + fabric.message_s * traffic.all_messages + fabric.byte_s * traffic.all_bytes
     return Estimate(exchange, slices, seconds, traffic.messages, ceil(traffic.bytes_sent))
-
-
-def _most_slices(exchange: str, case: Case) -> int:
-    columns = {"all_scan": case.value_columns, "hierarchical": case.value_columns // max(case.nodes)}.get(exchange, 1)
-    return max(1, min(MAX_SLICES, columns))
-
-
-def _traffic(exchange: str, case: Case, fabric: Fabric, slices: int, backward: bool) -> Traffic:
-    if exchange == "all_gather":
-        transition = 0 if backward else case.transition_bytes  # known from the forward
-        return ring_gather(case.nodes, fabric, case.fragments * (case.state_bytes + transition))
-    if exchange == "log_scan":
-        return log_scan(case, fabric)
-    if exchange == "hierarchical":
-        return hierarchical(case, fabric, slices)
-    return chain(case, fabric, slices)
 
 
 def _reason(

@@ -115,7 +115,12 @@ def ring_gather(nodes: tuple[int, ...], fabric: Fabric, size: int) -> Traffic:
     return replace(passed, messages=min(1, passed.messages), bytes_sent=min(size, passed.bytes_sent))
 
 
-def chain(case: Case, fabric: Fabric, slices: int) -> Traffic:
+def gather(case: Case, fabric: Fabric) -> Traffic:
+    """All maps of all ranks, by the ring algorithm."""
+    return ring_gather(case.nodes, fabric, case.fragments * (case.state_bytes + case.transition_bytes))
+
+
+def chain(case: Case, fabric: Fabric, slices: int = 1) -> Traffic:
     """F sweeps over the ranks, there and back in turn, each slice one hop behind the one before it."""
     hops = _hops(_sweeps(case.ranks, case.fragments), case.ranks)
     borders = case.fragments * (len(case.nodes) - 1)
@@ -247,6 +252,24 @@ def all_to_all(nodes: tuple[int, ...], fabric: Fabric, size: int) -> list[Phase]
         Phase(fabric.between, size / ranks, ceil(n / fabric.nics_per_node), ranks - n) for n in set(nodes) if n < ranks
     ]
     return inner + _slowest(outer)
+
+
+def gather_keys(nodes: tuple[int, ...], fabric: Fabric, kv_bytes: int, q_bytes: int, backward: bool) -> Traffic:
+    """LASP-2H: every rank gathers all keys and values by the ring algorithm; gradients are scattered the same way."""
+    return ring_gather(nodes, fabric, kv_bytes)
+
+
+def pass_keys(nodes: tuple[int, ...], fabric: Fabric, kv_bytes: int, q_bytes: int, backward: bool) -> Traffic:
+    """Ring Attention: keys and values pass W - 1 neighbours; in the backward their gradients too."""
+    return ring_pass(nodes, fabric, kv_bytes * (2 if backward else 1), rings=1)
+
+
+def swap_heads(nodes: tuple[int, ...], fabric: Fabric, kv_bytes: int, q_bytes: int, backward: bool) -> Traffic:
+    """Ulysses: an all-to-all of q, k, v to heads, another of the output back; the backward likewise."""
+    ranks, parts = sum(nodes), (q_bytes + kv_bytes, q_bytes)
+    phases = [phase for part in parts for phase in all_to_all(nodes, fabric, part)]
+    sent = sum(parts) * (ranks - 1) // ranks
+    return Traffic(phases, 2 * ranks * (ranks - 1), ranks * sent, 2 * (ranks - 1), sent)
 
 
 def check_nodes(nodes: tuple[int, ...]) -> None:

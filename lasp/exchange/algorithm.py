@@ -15,8 +15,8 @@ from lasp.exchange.wire import Wire
 from lasp.kernels.state import StateMap, apply, compose
 
 
-class Algorithm(ABC):
-    """A scan while it runs: what it has to say in each round, and in the end the state that enters each own place.
+class Talk(ABC):
+    """What a rank has to say and to hear, round by round.
 
     Attributes:
         rounds: a host plan; all ranks count the same ones.
@@ -32,12 +32,16 @@ class Algorithm(ABC):
     def incoming(self, key: tuple, value: StateMap) -> None:
         """The map of a parcel that has arrived."""
 
+
+class Algorithm(Talk):
+    """A scan while it runs, and in the end the state that enters each own place."""
+
     @abstractmethod
     def entered(self) -> dict[int, Tensor]:
         """After the last round: the state that enters each own place that wants one, [B, H, K, V]."""
 
 
-class Together(Algorithm):
+class InStep(Talk):
     """Several scans in step, their parcels of a round in the same messages. A key tells whose it is first."""
 
     def __init__(self, parts: dict[object, Algorithm]):
@@ -49,9 +53,6 @@ class Together(Algorithm):
 
     def incoming(self, key: tuple, value: StateMap) -> None:
         self.parts[key[0]].incoming(key[1], value)
-
-    def entered(self) -> dict[int, Tensor]:
-        raise TypeError("ask each part")
 
 
 def merge(rounds: dict[object, Sequence[Round]]) -> tuple[Round, ...]:
@@ -69,17 +70,17 @@ def merge(rounds: dict[object, Sequence[Round]]) -> tuple[Round, ...]:
     return tuple(merged)
 
 
-def run(algorithm: Algorithm, wire: Wire, messages: Messages) -> None:
+def run(talk: Talk, wire: Wire, messages: Messages) -> None:
     """Go through the rounds. Parcels from one rank to another in one round are one message."""
     early = wire.device.type == "cpu"  # a receive that waits already saves the sender a round trip
-    plan = [(_by_peer(round_.sends), _by_peer(round_.receives)) for round_ in algorithm.rounds]
+    plan = [(_by_peer(round_.sends), _by_peer(round_.receives)) for round_ in talk.rounds]
     inbox = [{peer: _buffer(wire, parcels) for peer, parcels in receives.items()} for _, receives in plan]
     works = [messages.post((), tuple(buffers.items())) if early else [] for buffers in inbox]
     before: set[int] = set()
     for (sends, receives), buffers, posted in zip(plan, inbox, works, strict=True):
         if not sends and not receives:
             continue
-        outbox = [(to, wire.pack([algorithm.outgoing(p.key) for p in ps], ps)) for to, ps in sends.items()]
+        outbox = [(to, wire.pack([talk.outgoing(p.key) for p in ps], ps)) for to, ps in sends.items()]
         if early:
             if sends and before != set(sends):
                 messages.flush()  # a rank that waits for nobody would share its link among all rounds at once
@@ -90,7 +91,7 @@ def run(algorithm: Algorithm, wire: Wire, messages: Messages) -> None:
         messages.wait(posted)
         for peer, parcels in receives.items():
             for parcel, value in zip(parcels, wire.unpack(buffers[peer], parcels), strict=True):
-                algorithm.incoming(parcel.key, value)
+                talk.incoming(parcel.key, value)
 
 
 def after(later: StateMap, earlier: StateMap, *, closed: bool) -> StateMap:

@@ -14,19 +14,8 @@ from lasp.context.chains import ChainPlan
 from lasp.context.context import Context
 from lasp.cost.fabric import Fabric
 from lasp.exchange.base import StateExchange
-from lasp.exchange.gather import AllGather
-from lasp.exchange.line_scan import AllScan, LogScan, NodeScan, Ring
+from lasp.exchange.table import AUTO, EXCHANGES, Exchange
 from lasp.kernels.state import StateMap
-
-EXCHANGES: dict[str, type[StateExchange]] = {
-    "all_gather": AllGather,
-    "ring": Ring,
-    "all_scan": AllScan,
-    "log_scan": LogScan,
-    "hierarchical": NodeScan,
-}
-AUTO = "auto"
-SLICES = 8  # of all_scan where no fabric says better; ZeCO's figures stop to improve there
 
 
 @dataclass(frozen=True)
@@ -34,7 +23,7 @@ class Setting:
     """The exchange of a layer.
 
     Attributes:
-        exchange: one of :data:`EXCHANGES`.
+        exchange: name of an entry of :data:`lasp.exchange.EXCHANGES`.
         slices: pieces in which a state travels.
         reason: one sentence.
     """
@@ -51,7 +40,7 @@ def new_exchange(cp: Context, plan: ChainPlan, maps: StateMap, fixed: Tensor | N
     sent = 0 if transition is None or fixed is not None else transition[0].numel()
     chosen = setting(cp, lead.numel(), sent, lead[-1], maps.state.dtype)
     sliced = (chosen.slices,) if chosen.slices > 1 else ()
-    return EXCHANGES[chosen.exchange](cp, plan, *sliced)
+    return EXCHANGES[chosen.exchange].scheme(cp, plan, *sliced)
 
 
 def setting(cp: Context, state: int, transition: int, value_dim: int, dtype: torch.dtype) -> Setting:
@@ -63,9 +52,12 @@ def setting(cp: Context, state: int, transition: int, value_dim: int, dtype: tor
         value_dim: V.
         dtype: of the states.
     """
-    if cp.fabric is None or cp.exchange not in (AUTO, "all_scan", "hierarchical"):
-        slices = min(SLICES, value_dim) if cp.exchange == "all_scan" else 1
-        return Setting(cp.exchange, slices, f"{cp.exchange}: as configured.")
+    if cp.exchange == AUTO:
+        among = tuple(EXCHANGES.values())
+    else:
+        among = (EXCHANGES[cp.exchange],)
+        if cp.fabric is None or not among[0].takes_fabric:
+            return Setting(cp.exchange, min(among[0].slices, value_dim), f"{cp.exchange}: as configured.")
     case = cost.Case(
         tuple(Counter(cp.nodes).values()),
         state * (cp.wire_dtype or dtype).itemsize,
@@ -73,13 +65,14 @@ def setting(cp: Context, state: int, transition: int, value_dim: int, dtype: tor
         cp.layout.max_fragments,
         value_dim,
     )
-    return _best(cp.exchange, case, cp.fabric)
+    return _best(among, case, cp.fabric)
 
 
 @functools.lru_cache(maxsize=64)
-def _best(exchange: str, case: cost.Case, fabric: Fabric) -> Setting:
-    if exchange == AUTO:
-        choice = cost.choose(case, fabric)
+def _best(among: tuple[Exchange, ...], case: cost.Case, fabric: Fabric) -> Setting:
+    if len(among) > 1:
+        choice = cost.choose(among, case, fabric)
         return Setting(choice.exchange, choice.slices, choice.reason)
-    slices = cost.estimate(exchange, case, fabric).slices
-    return Setting(exchange, slices, f"{exchange}: as configured, in {slices} slice(s) on {fabric.name}.")
+    (taken,) = among
+    slices = cost.estimate(taken, case, fabric).slices
+    return Setting(taken.name, slices, f"{taken.name}: as configured, in {slices} slice(s) on {fabric.name}.")

@@ -91,11 +91,14 @@ class AllGather(StateExchange):
 
     def _maps(self, state: Tensor, slots: tuple[int, ...], transition_slots: tuple[int, ...] = ()) -> StateMap:
         """The maps in these slots, stacked in this order."""
-        index = lambda values: self.cp.on_device(values, torch.int64, state.device)  # noqa: E731
-        state = state.index_select(0, index(slots))
-        if self._transition is None:
+
+        def index(values: tuple[int, ...]) -> Tensor:
+            return self.cp.on_device(values, torch.int64, state.device)
+
+        transitions, state = self._transition, state.index_select(0, index(slots))
+        if transitions is None:
             return StateMap(state)
-        transition = self._transition.index_select(0, index(transition_slots or slots))
+        transition = transitions.index_select(0, index(transition_slots or slots))
         return StateMap(state, matrix=transition) if self._dense else StateMap(state, transition)
 
     def _final(self, document: int, state: Tensor, initial: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lasp.exchange.algorithm import Algorithm, Together, after, columns, merge
+from lasp.exchange.algorithm import Algorithm, InStep, after, columns, merge
 from lasp.exchange.chain import Chain, chain_rounds
 from lasp.exchange.doubling import Doubling, doubling_rounds
 from lasp.exchange.line import Line, Parcel, Round, widths
@@ -162,7 +162,7 @@ class Hierarchical(Algorithm):
         return found
 
     @cached_property
-    def _between(self) -> Together:
+    def _between(self) -> InStep:
         """The scans of the carried slices; made when all maps of the node are here."""
         plan, parts = self._plan, {}
         for s, line in plan.run_lines.items():
@@ -171,7 +171,7 @@ class Hierarchical(Algorithm):
                 parts[s] = Doubling(line, plan.run_rounds[s], maps)
             else:
                 parts[s] = Chain(line, plan.run_rounds[s], maps, plan.widths[s], plan.slices)
-        return Together(parts)
+        return InStep(parts)
 
     @cached_property
     def _run_entries(self) -> dict[tuple[int, int], Tensor]:

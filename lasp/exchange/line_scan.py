@@ -7,7 +7,6 @@ the ranks where documents end.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -16,13 +15,13 @@ from torch import Tensor
 from lasp import comm
 from lasp.context.chains import ChainPlan
 from lasp.context.context import Context
-from lasp.exchange.algorithm import Algorithm, Together, run
+from lasp.exchange.algorithm import Algorithm, InStep, run
 from lasp.exchange.background import Background
 from lasp.exchange.base import StateExchange
 from lasp.exchange.chain import Chain, chain_rounds
 from lasp.exchange.doubling import Doubling, doubling_rounds
 from lasp.exchange.hierarchical import Hierarchical, NodePlan
-from lasp.exchange.line import Line
+from lasp.exchange.line import Line, Round
 from lasp.exchange.wire import Wire
 from lasp.kernels.state import StateMap, apply, transition
 
@@ -31,16 +30,14 @@ class Scan(StateExchange):
     """A scan along the line of fragments, beside the caller's work.
 
     Args:
-        slices: pieces in which a state travels, where the algorithm has such.
+        part: makes this rank's part of the scan from the context, the line, the maps of own places, V and the number
+            of slices; it keeps its host plans in the context.
+        slices: pieces in which a state travels.
     """
 
-    def __init__(self, cp: Context, plan: ChainPlan, slices: int = 1):
+    def __init__(self, part: Callable[..., Algorithm], cp: Context, plan: ChainPlan, slices: int = 1):
         super().__init__(cp, plan)
-        self._slices = slices
-
-    @abstractmethod
-    def algorithm(self, line: Line, maps: dict[int, StateMap], value_dim: int, *, backward: bool) -> Algorithm:
-        """This rank's part of the scan; host plans are kept in the context."""
+        self._part, self._slices = part, slices
 
     def start(self, maps: StateMap, fixed: Tensor | None) -> None:
         self._log_decay, self._matrix, self._fixed = maps.log_decay, maps.matrix, fixed
@@ -112,10 +109,10 @@ class Scan(StateExchange):
         parts: dict[object, Algorithm] = {}
         for d, line in lines.items():
             own = {p: _one(maps, line.maps[p]) for p in line.own(self.cp.cp_rank)}
-            parts[d] = self.algorithm(line, own, maps.state.shape[-1], backward=d)
+            parts[d] = self._part(self.cp, line, own, maps.state.shape[-1], self._slices, backward=d)
         wire = Wire.of(maps, self._fixed, self.cp.wire_dtype)
         if messages is not None:
-            run(Together(parts) if len(parts) > 1 else parts[backward], wire, messages)
+            run(InStep(parts) if len(parts) > 1 else parts[backward], wire, messages)
         entered: dict[int, Tensor] = {}
         for d, part in parts.items():
             for place, state in part.entered().items():
@@ -154,36 +151,41 @@ class Scan(StateExchange):
         return torch.zeros_like(d_final).index_copy(0, index, total)
 
 
-class Ring(Scan):
-    """LASP-1 (arXiv 2404.02882): the state goes from rank to rank in one piece."""
+def chain_part(
+    cp: Context, line: Line, maps: dict[int, StateMap], value_dim: int, slices: int, *, backward: bool
+) -> Algorithm:
+    """LASP-1 (arXiv 2404.02882) in one slice; ZeCO's all-scan (arXiv 2507.01004) in several that follow one another."""
 
-    def algorithm(self, line: Line, maps: dict[int, StateMap], value_dim: int, *, backward: bool) -> Algorithm:
-        make = lambda: chain_rounds(line, self.cp.cp_rank, value_dim, self._slices)  # noqa: E731
-        rounds = self.cp.plan(("chain", backward, value_dim, self._slices), make)
-        return Chain(line, rounds, maps, value_dim, self._slices)
+    def make() -> tuple[Round, ...]:
+        return chain_rounds(line, cp.cp_rank, value_dim, slices)
 
-
-class AllScan(Ring):
-    """ZeCO's all-scan (arXiv 2507.01004): the chain, its state in slices that follow one another."""
+    return Chain(line, cp.plan(("chain", backward, value_dim, slices), make), maps, value_dim, slices)
 
 
-class LogScan(Scan):
+def doubling_part(
+    cp: Context, line: Line, maps: dict[int, StateMap], value_dim: int, slices: int, *, backward: bool
+) -> Algorithm:
     """Recursive doubling: maps are combined, in as many steps as the logarithm of the ranks."""
+    assert slices == 1, "its states travel in one piece"
 
-    def algorithm(self, line: Line, maps: dict[int, StateMap], value_dim: int, *, backward: bool) -> Algorithm:
-        make = lambda: doubling_rounds(line, self.cp.cp_rank, value_dim)  # noqa: E731
-        return Doubling(line, self.cp.plan(("doubling", backward, value_dim), make), maps)
+    def make() -> tuple[Round, ...]:
+        return doubling_rounds(line, cp.cp_rank, value_dim)
+
+    return Doubling(line, cp.plan(("doubling", backward, value_dim), make), maps)
 
 
-class NodeScan(Scan):
+def node_part(
+    cp: Context, line: Line, maps: dict[int, StateMap], value_dim: int, slices: int, *, backward: bool
+) -> Algorithm:
     """Node-sliced: inside a node each rank gets one slice of all states; between nodes each slice scans by itself."""
 
-    def algorithm(self, line: Line, maps: dict[int, StateMap], value_dim: int, *, backward: bool) -> Algorithm:
-        make = lambda: NodePlan(line, self.cp.nodes, self.cp.cp_rank, value_dim, self._slices)  # noqa: E731
-        return Hierarchical(self.cp.plan(("nodes", backward, value_dim, self._slices), make), maps)
+    def make() -> NodePlan:
+        return NodePlan(line, cp.nodes, cp.cp_rank, value_dim, slices)
+
+    return Hierarchical(cp.plan(("nodes", backward, value_dim, slices), make), maps)
 
 
 def _one(maps: StateMap, i: int) -> StateMap:
     """The i-th of stacked maps."""
-    pick = lambda x: None if x is None else x[i]  # noqa: E731
-    return StateMap(maps.state[i], pick(maps.log_decay), pick(maps.matrix))
+    picked = (None if x is None else x[i] for x in (maps.state, maps.log_decay, maps.matrix))
+    return StateMap(*picked)

@@ -8,9 +8,7 @@ from collections import Counter
 from lasp.context.context import Context
 from lasp.cost import Choice, choose_softmax
 from lasp.cost.fabric import Fabric
-from lasp.softmax.ulysses import heads_fit
-
-SOFTMAX_EXCHANGES = ("all_gather", "ring", "ulysses")
+from lasp.softmax.table import SOFTMAX_EXCHANGES, WITH_WINDOW, SoftmaxExchange
 
 
 def softmax_choice(
@@ -18,8 +16,8 @@ def softmax_choice(
 ) -> Choice:
     """The choice for one layer; equal on all ranks.
 
-    With a window it is ``all_gather``, which fetches just the window; ``ulysses`` is no candidate where heads do not
-    divide. The longest shard counts.
+    With a window it is ``all_gather``, which fetches just the window; an exchange is no candidate where the heads do
+    not fit it. The longest shard counts.
 
     Args:
         cp: the batch's context.
@@ -34,19 +32,21 @@ def softmax_choice(
     """
     if cp.cp_size == 1 or window is not None:
         what = "one rank exchanges nothing" if cp.cp_size == 1 else f"fetches just the window of {window}"
-        return Choice("all_gather", 1, 0.0, 0.0, f"all_gather: {what}.", ())
+        return Choice(WITH_WINDOW, 1, 0.0, 0.0, f"{WITH_WINDOW}: {what}.", ())
     if cp.fabric is None:
         raise ValueError(
-            "exchange='auto' chooses by the links between ranks: make the context with fabric=..., or name "
-            "'all_gather', 'ring' or 'ulysses'."
+            "exchange='auto' chooses by the links between ranks: make the context with fabric=..., or name one of "
+            f"{tuple(SOFTMAX_EXCHANGES)}."
         )
     nodes = tuple(Counter(cp.nodes).values())
     longest = max(cp.layout.num_tokens(rank) for rank in range(cp.cp_size))
-    names = ("all_gather", "ring", *(("ulysses",) if heads_fit(*heads, cp.cp_size) else ()))
+    among = tuple(e for e in SOFTMAX_EXCHANGES.values() if e.heads_fit(*heads, cp.cp_size))
     tokens = batch * longest * itemsize
-    return _best(nodes, tokens * heads[1] * sum(widths), tokens * heads[0] * widths[0], cp.fabric, names)
+    return _best(among, nodes, tokens * heads[1] * sum(widths), tokens * heads[0] * widths[0], cp.fabric)
 
 
 @functools.lru_cache(maxsize=64)
-def _best(nodes: tuple[int, ...], kv_bytes: int, q_bytes: int, fabric: Fabric, candidates: tuple[str, ...]) -> Choice:
-    return choose_softmax(nodes, kv_bytes, q_bytes, fabric, candidates=candidates)
+def _best(
+    among: tuple[SoftmaxExchange, ...], nodes: tuple[int, ...], kv_bytes: int, q_bytes: int, fabric: Fabric
+) -> Choice:
+    return choose_softmax(among, nodes, kv_bytes, q_bytes, fabric)

@@ -67,26 +67,13 @@ def heads_fit(heads: int, kv_heads: int, cp_size: int) -> bool:
     return heads % cp_size == 0 and (kv_heads % cp_size == 0 or cp_size % kv_heads == 0)
 
 
-def check_heads(heads: int, kv_heads: int, cp_size: int, key: str = "exchange") -> None:
-    """Refuse head counts that cannot be dealt to ``cp_size`` ranks. ``key``: where the exchange was named.
-
-    Raises:
-        ValueError: cp_size does not divide the query heads, or neither divides the kv heads nor is a multiple of them.
-    """
-
-    if not heads_fit(heads, kv_heads, cp_size):
-        sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads_fit(heads, kv_heads, size))
-        raise ValueError(
-            f"{key}='ulysses' deals whole heads to ranks: cp_size = {cp_size} must divide the H = {heads} query "
-            f"heads, and divide or be a multiple of the Hkv = {kv_heads} kv heads. Use {key}='ring' or "
-            f"'all_gather', which cut no heads, or a cp_size of {sizes}."
-        )
-
-
 def _documents(cp: Context) -> list[Piece]:
     """Every document of the batch, with itself."""
-    borders = cp.layout.cu_seqlens_global
-    make = lambda: [(a, b, a, b) for a, b in zip(borders, borders[1:], strict=False) if a < b]  # noqa: E731
+
+    def make() -> list[Piece]:
+        borders = cp.layout.cu_seqlens_global
+        return [(a, b, a, b) for a, b in zip(borders, borders[1:], strict=False) if a < b]
+
     return cp.plan(("softmax", "documents"), make)
 
 

@@ -1,7 +1,7 @@
 """What others do with a linear-attention layer on a cut sequence, for a comparison side by side: no decay, causal.
 
 ``o_t = scale * sum over s <= t of (q_t . k_s) v_s``, on shards of equal length in contiguous order, every rank one. The
-two here do not use that a state of constant size says all about earlier tokens; :data:`METHODS` has those that do.
+two here do not use that a state of constant size says all about earlier tokens; :func:`methods` has those that do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lasp import CPContext, comm, linear_attention
-from lasp.exchange import AUTO
+from lasp.exchange import AUTO, EXCHANGES
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,23 @@ def ulysses(q: Tensor, k: Tensor, v: Tensor, cp: CPContext) -> Tensor:
     return _Swap.apply(linear_attention(q, k, v)[0], cp.group, cp.cp_size, False)
 
 
-METHODS: dict[str, Method] = {
+_PAPERS = {
     "LASP-1": Method("the state goes from rank to rank, one after the other (arXiv 2404.02882)", "ring"),
     "LASP-2": Method("one all-gather of the states of all ranks (arXiv 2502.07563)", "all_gather"),
     "ZeCO": Method("the chain of LASP-1, the state in slices one behind the other (arXiv 2507.01004)", "all_scan"),
-    "log_scan": Method("recursive doubling: composed maps, log2 of the ranks steps", "log_scan"),
-    "hierarchical": Method("each rank of a node carries one slice of the state between nodes", "hierarchical"),
+}
+_OTHERS = {
     "auto": Method("the exchange that the cost model predicts to be fastest on the measured fabric", AUTO),
     "Ring Attention": Method("keys and values go round the ring, (q k^T * mask) v per block", run=ring_attention),
     "Ulysses": Method("all-to-all to heads of the whole sequence, and back", run=ulysses),
 }
+
+
+def methods() -> dict[str, Method]:
+    """All methods: papers by their names, the other exchanges of the table by theirs, ``auto``, and other schemes."""
+    published = {method.exchange for method in _PAPERS.values()}
+    own = {e.name: Method(e.steps, e.name) for e in EXCHANGES.values() if e.name not in published}
+    return _PAPERS | own | _OTHERS
 
 
 class _Swap(torch.autograd.Function):

@@ -120,14 +120,15 @@ def exchange(
 ) -> None:
     """Time every exchange beside the cost model's prediction, here or over a sweep of virtual clusters."""
     from lasp.cost.fabric import Fabric
+    from lasp.exchange import names
     from lasp.launch.bench import exchange as driver
     from lasp.launch.bench import exchange_report, options
-    from lasp.launch.bench.exchange_cell import KINDS, NAMES, heads_of
+    from lasp.launch.bench.exchange_cell import KINDS, heads_of
     from lasp.launch.bench.ranks import found_ranks
     from lasp.launch.bench.results import facts, write_report
 
     (kind,) = options.names("--kind", kind, KINDS)
-    wanted = NAMES if exchanges is None else options.names("--exchanges", exchanges, NAMES)
+    wanted = names() if exchanges is None else options.names("--exchanges", exchanges, names())
     settings = driver.Settings(wanted, repeats, kind, layout, skip_above, limit)
     states = options.sizes("--sizes", sizes)
     for state in states:
@@ -193,14 +194,14 @@ def layer(
     from lasp.cost.fabric import Fabric
     from lasp.launch.bench import layer as driver
     from lasp.launch.bench import options
-    from lasp.launch.bench.baselines import METHODS
+    from lasp.launch.bench.baselines import methods as known_methods
     from lasp.launch.bench.fabric import as_dict, measure_fabric
     from lasp.launch.bench.ranks import found_ranks, virtual_ranks
     from lasp.launch.bench.results import facts, write_report
     from lasp.launch.bench.virtual_cluster import MAX_HOSTS, VirtualCluster
 
     (per_host,) = options.counts("--ranks", ranks)
-    wanted = tuple(METHODS) if methods is None else options.names("--methods", methods, METHODS)
+    wanted = tuple(known_methods()) if methods is None else options.names("--methods", methods, known_methods())
     shape = {"tokens": tokens, "heads": heads, "dim": dim}
     known = None if named is None else Fabric.of(named)
 

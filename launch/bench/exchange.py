@@ -12,13 +12,12 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lasp.cost import choose, estimate
 from lasp.cost.fabric import Fabric
-from lasp.exchange import AUTO
-from lasp.launch.bench.exchange_cell import NAMES, TOLERANCE, case_of, difference, time_exchanges
+from lasp.exchange import AUTO, choose, estimate, names
+from lasp.launch.bench.exchange_cell import TOLERANCE, case_of, difference, time_exchanges
 from lasp.launch.bench.fabric import measure_fabric
 from lasp.launch.bench.ranks import MAX_PROCESSES, Ranks, virtual_ranks
 from lasp.launch.bench.virtual_cluster import VirtualCluster
@@ -61,7 +60,7 @@ class Settings:
         limit_s: of the whole sweep; cells that it does not reach are listed.
     """
 
-    exchanges: Sequence[str] = NAMES
+    exchanges: Sequence[str] = field(default_factory=names)
     repeats: int = 25
     kind: str = "diagonal"
     layout: str = "contiguous"

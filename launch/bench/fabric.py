@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from lasp import comm
-from lasp.cost import Case, estimate
+from lasp.cost import Case
 from lasp.cost.fabric import Fabric, Link
+from lasp.exchange import estimate
 from lasp.launch.bench.exchange_cell import time_exchanges
 from lasp.launch.bench.ranks import Ranks
 from lasp.launch.config.sizes import readable

@@ -22,7 +22,8 @@ import torch
 
 from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.cost.fabric import Fabric
-from lasp.launch.bench.baselines import METHODS, Method
+from lasp.kernels.state import StateMap
+from lasp.launch.bench.baselines import Method, methods
 from lasp.launch.bench.exchange_cell import context_over
 from lasp.launch.bench.ranks import Ranks
 from lasp.launch.bench.results import table
@@ -48,7 +49,7 @@ def compare(
     """
     if ranks.size < 2:
         raise ValueError("methods are compared between ranks, got 1 rank. Start at least two: --ranks 2.")
-    skipped = {name: _unserved(name, METHODS[name], ranks.size, heads, fabric) for name in names}
+    skipped = {name: _unserved(name, methods()[name], ranks.size, heads, fabric) for name in names}
     served = [name for name in names if not skipped[name]]
     layer = {
         "names": served,
@@ -68,7 +69,7 @@ def compare(
     times = {name: [max(t) for t in zip(*(a[name] for a in answers))] for name in (*served, SILENT, ALONE)}
     rows = []
     for name in names:
-        row = {"method": name, "label": METHODS[name].label}
+        row = {"method": name, "label": methods()[name].label}
         if skipped[name]:
             rows.append({**row, "skipped": skipped[name]})
             continue
@@ -155,7 +156,7 @@ class _Layer:
 
     def by(self, name: str) -> Callable[[], list[torch.Tensor]]:
         """The step by a method."""
-        method = METHODS[name]
+        method = methods()[name]
         cp = self.context(method.exchange or "all_gather")
         return lambda: self.step(lambda *x: method(*x, cp))
 
@@ -168,17 +169,16 @@ class _Layer:
 def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, cp: CPContext) -> None:
     """Forward and backward of the operator, its stages one after the other."""
     operator = operator_of("triton" if q.is_cuda else "torch")
-    table, scale = cp.segment_table(q.device), q.shape[-1] ** -0.5
+    inputs = k, v, None, None, cp.segment_table(q.device), q.shape[2], True, q.shape[-1] ** -0.5
     later, earlier = cp.cp_rank > 0, cp.cp_rank < cp.cp_size - 1  # something comes from ranks before, and from behind
-    forward = operator.Forward(q, k, v, None, table, True, scale)
-    maps = forward.state_maps(local=False)
-    forward.local([later])
+    forward = operator.Forward(*inputs)
+    maps = forward.state_maps()
+    forward.local(q, [later])
     entry = torch.ones_like(maps.state) if later else None
-    forward.finish(entry, [later])
-    exits = maps.state if entry is None else maps.state + entry
-    known = {"saved": forward.saved, "kept_gates": forward.kept_gates, "entry": entry, "exits": exits, "do": do}
-    backward = operator.Backward(q, k, v, None, table, True, scale, needs_dg=False, **known)
-    grads = backward.state_maps(local=False)
+    _, exits = forward.finish(entry, [later])
+    known = {"saved": forward.saved, "kept_gates": forward.kept_gates, "entry": entry, "exits": StateMap(exits)}
+    backward = operator.Backward(*inputs, q=q, do=do, **known, needs_dg=False, needs_d_entry=False)
+    grads = backward.state_maps()
     backward.local()
     backward.finish(torch.ones_like(grads) if earlier else None, [earlier])
 

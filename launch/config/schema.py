@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from lasp.checks import not_one_of
 from lasp.cost.fabric import PRESETS, Fabric
 from lasp.cp_context import ExchangeOptions
+from lasp.exchange import names as exchange_names
 from lasp.launch.config.sections import (
     CheckpointConfig,
     Count,
@@ -41,7 +43,7 @@ from lasp.launch.data.tokenizer import BYTES, load_tokenizer
 from lasp.models.config import MixerConfig, ModelConfig
 from lasp.parallel.engines.table import native_engine
 from lasp.parallel.file_errors import reading
-from lasp.softmax.ulysses import check_heads
+from lasp.softmax.table import SOFTMAX_EXCHANGES, check_heads, check_window, softmax_names
 
 MAX_TIMEOUT_S = 1e6  # beyond it a clock overflows
 MIN_TIMEOUT_S = 1.0  # processes of one job start further apart than less
@@ -52,6 +54,18 @@ def _path_of_a_run(value: Any) -> Path:
     if not isinstance(value, (str, Path)) or not str(value):
         raise ValueError(f"must be the path of a folder, got {value!r}. Use one like runs/NAME.")
     return Path(value)
+
+
+def _exchange(value: str) -> str:
+    if value not in exchange_names():
+        raise ValueError(not_one_of(exchange_names(), value))
+    return value
+
+
+def _softmax_exchange(value: str) -> str:
+    if value not in softmax_names():
+        raise ValueError(not_one_of(softmax_names(), value))
+    return value
 
 
 class RunConfig(Section):
@@ -70,8 +84,8 @@ class RunConfig(Section):
         layout: how a sequence is cut.
         exchange: how the states of linear layers travel; ``auto``: as is predicted to be fastest on ``fabric``.
         softmax_exchange: how keys and values of softmax layers without a window travel.
-        fabric: the links between ranks, for ``auto``, ``all_scan`` and ``hierarchical``: a preset's name, or a file
-            of ``lasp bench fabric``.
+        fabric: the links between ranks, for ``auto`` and where states travel in slices (``all_scan``,
+            ``hierarchical``): a preset's name, or a file of ``lasp bench fabric``.
         wire_dtype: ``bfloat16`` halves the states on the wire, and rounds them.
         timeout_s: how long a rank waits for another one, at the start and in a collective.
         model: fields of ModelConfig, or ``preset`` with fields on top; vocab_size defaults to the tokenizer's.
@@ -91,8 +105,8 @@ class RunConfig(Section):
     launcher: Literal["local", "torchrun", "ray"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     layout: Literal["contiguous", "zigzag"] = "contiguous"
-    exchange: Literal["all_gather", "ring", "all_scan", "log_scan", "hierarchical", "auto"] = "all_gather"
-    softmax_exchange: Literal["all_gather", "ring", "ulysses", "auto"] = "all_gather"
+    exchange: Annotated[str, AfterValidator(_exchange)] = "all_gather"
+    softmax_exchange: Annotated[str, AfterValidator(_softmax_exchange)] = "all_gather"
     fabric: str | None = None
     wire_dtype: Literal["bfloat16"] | None = None
     timeout_s: Annotated[Positive, Field(ge=MIN_TIMEOUT_S, le=MAX_TIMEOUT_S)] = 600.0
@@ -213,15 +227,11 @@ class RunConfig(Section):
                 f"wire_dtype={self.wire_dtype} has no effect on model.pattern={self.model.pattern}: it has no linear "
                 "layer. Leave it out."
             )
-        if self.softmax_exchange == "ring" and self.model.window is not None:
-            raise ValueError(
-                f"softmax_exchange=ring has no use for model.window = {self.model.window}: whole shards would travel "
-                "for a few tokens. Set softmax_exchange=all_gather, which fetches just these, or ulysses."
-            )
-        if self.softmax_exchange == "ulysses":
+        if self.softmax_exchange in SOFTMAX_EXCHANGES:
+            check_window(self.softmax_exchange, self.model.window, "softmax_exchange", "model.window")
             heads = self.model.heads // self.tp_size
             kv_heads = (self.model.kv_heads or self.model.heads) // self.tp_size
-            check_heads(heads, kv_heads, self.cp_size, "softmax_exchange")
+            check_heads(self.softmax_exchange, heads, kv_heads, self.cp_size, "softmax_exchange")
         _ = self.exchange_options  # a fabric that cannot be found, or has no effect
 
     @property

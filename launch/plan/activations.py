@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lasp.exchange import EXCHANGES
 from lasp.kernels.torch_linear.operator import tokens_per_state
 from lasp.kernels.triton_linear.tiles import superchunk
 from lasp.models.config import ModelConfig
@@ -20,7 +21,7 @@ from lasp.models.features import FEATURES, FeatureMap
 from lasp.models.gates import GATES
 from lasp.models.outputs import OUT_GATES, OUT_NORMS
 from lasp.models.sizes import LinearSizes
-from lasp.softmax.gather import HEAD_GROUPS
+from lasp.softmax.table import SOFTMAX_EXCHANGES, Sizes
 
 
 class Term(NamedTuple):
@@ -267,19 +268,17 @@ def exchange_term(config: ModelConfig, load: Load) -> Term | None:
         return None
     s, f = LinearSizes.of(config, load.tp_size), load.fragments
     state, transition = (load.rows * n * load.wide for n in (s.state_elements, s.transition_elements))
-    if load.exchange == "all_gather":
-        return Term("exchange", 2 * load.cp_size * f * (state + transition), "2 x W F (b + a)")
-    if load.exchange in ("ring", "all_scan"):
-        return Term("exchange", 2 * f * state, "2 x F b")
-    return Term("exchange", 3 * f * (state + transition), "3 x F (b + a)")
+    buffers = EXCHANGES[load.exchange].buffers
+    return Term("exchange", buffers.size(load.cp_size, f, state, transition), buffers.formula)
 
 
 def _softmax_work(config: ModelConfig, load: Load) -> list[Term]:
     count, width, head, wide = load.tokens, load.width, config.softmax_head_dim, load.wide
     heads, kv_heads = config.heads // load.tp_size, max(1, (config.kv_heads or config.heads) // load.tp_size)
     local, queries = 2 * count * kv_heads * head, count * heads * head
-    gathers = load.cp_size > 1 and config.window is None and load.softmax_exchange == "all_gather"
-    groups = min(HEAD_GROUPS, kv_heads) if gathers else 1
+    entry = SOFTMAX_EXCHANGES[load.softmax_exchange]
+    gathers = load.cp_size > 1 and config.window is None and entry.head_groups is not None
+    groups = min(entry.head_groups, kv_heads) if gathers else 1
     own_keys = local * (not gathers)  # those of all ranks are counted below
     kernel = (2 * queries + own_keys) * width + own_keys * wide + (queries * wide if load.device == "cpu" else 0)
     packed = queries * width + 3 * own_keys * wide
@@ -292,20 +291,5 @@ def _softmax_work(config: ModelConfig, load: Load) -> list[Term]:
     ]
     if load.cp_size == 1 or config.window is not None:
         return terms
-    ranks = load.cp_size
-    if load.softmax_exchange == "ulysses":
-        moved = count * (2 * heads + 2 * kv_heads) * head * width
-        return [*terms, Term("heads exchanged", 2 * moved, f"2 x T x (2 H + 2 Hkv) D x {width}")]
-    if load.softmax_exchange == "ring":
-        return [
-            *terms,
-            Term("keys and values in flight", 2 * local * (width + wide), f"4 x T x Hkv D x {width + wide}"),
-        ]
-    keys = 3 * ranks * local * width / groups
-    copies = 3 if groups == 1 else 4  # those of the group before are on their way
-    grads = copies * ranks * local * wide / groups
-    return [
-        *terms,
-        Term("gathered keys and values", keys, f"3 x W T x 2 Hkv D / {groups} groups x {width}"),
-        Term("their gradients", grads, f"{copies} x W T x 2 Hkv D / {groups} groups x {wide}"),
-    ]
+    sizes = Sizes(load.cp_size, count, heads, kv_heads, head, width, wide)
+    return [*terms, *(Term(*held) for held in entry.held(sizes))]

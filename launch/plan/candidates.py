@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from lasp import cost
 from lasp.cost.fabric import Fabric
+from lasp.exchange import EXCHANGES, Exchange
 from lasp.launch.plan.activations import Load
 from lasp.launch.plan.memory import Memory, Parameters, Setup, predict_memory
 from lasp.launch.plan.question import PlannedJob
@@ -23,6 +24,7 @@ from lasp.launch.plan.roofline import Work, predict_work, state_bytes
 from lasp.models.config import ModelConfig
 from lasp.parallel.engines.kinds import Traffic
 from lasp.parallel.engines.table import engine_kind
+from lasp.softmax.table import SOFTMAX_EXCHANGES
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def price(
     if exchange is not None:
         state, transition = state_bytes(model, load)
         case = cost.Case(nodes, state, transition, fragments, value_columns=model.value_dim)
-        there, back = _there_and_back(exchange, case, job.fabric)
+        there, back = _there_and_back(EXCHANGES[exchange], case, job.fabric)
         exposed += kinds.count("L") / pp * (there.seconds + max(0.0, back.seconds - work.dq))
         load = dataclasses.replace(load, exchange=exchange)
     softmax = None
@@ -107,7 +109,7 @@ def price(
 
 
 @functools.lru_cache(maxsize=256)
-def _there_and_back(exchange: str, case: cost.Case, fabric: Fabric) -> tuple[cost.Estimate, cost.Estimate]:
+def _there_and_back(exchange: Exchange, case: cost.Case, fabric: Fabric) -> tuple[cost.Estimate, cost.Estimate]:
     """Forward and backward; candidates of other engines and tiles ask for the same."""
     there = cost.estimate(exchange, case, fabric)
     return there, cost.estimate(exchange, case, fabric, slices=there.slices, backward=True)
@@ -121,18 +123,18 @@ def _nodes_of_group(cp: int, tp: int, per_node: int) -> tuple[int, ...]:
 
 
 def _softmax(model: ModelConfig, load: Load, nodes: tuple[int, ...], fabric: Fabric, work: Work) -> tuple[str, float]:
-    """The exchange of a softmax layer that exposes least, and how much: the first quarter of the heads waits."""
+    """The exchange of a softmax layer that exposes least, of those that its heads fit, and how much."""
     kv_heads = max(1, (model.kv_heads or model.heads) // load.tp_size)
     head, heads = model.softmax_head_dim, model.heads // load.tp_size
     kv = 2 * load.tokens * kv_heads * head * load.width
     q = load.tokens * heads * head * load.width
     found = []
-    for name in cost.SOFTMAX_EXCHANGES:
-        if name == "ulysses" and (heads % sum(nodes) or kv_heads % sum(nodes)):
+    for entry in SOFTMAX_EXCHANGES.values():
+        if not entry.heads_fit(heads, kv_heads, sum(nodes)):
             continue
-        there, back = (cost.estimate_softmax(name, nodes, kv, q, fabric, backward=b).seconds for b in (False, True))
-        hidden = 0.0 if name == "ulysses" else 0.75 * work.attention
-        found.append((max(0.0, there - hidden) + max(0.0, back - 2 * hidden), name))
+        there, back = (cost.estimate_softmax(entry, nodes, kv, q, fabric, backward=b).seconds for b in (False, True))
+        hidden = entry.hidden * work.attention
+        found.append((max(0.0, there - hidden) + max(0.0, back - 2 * hidden), entry.name))
     seconds, name = min(found, key=lambda pair: pair[0])
     return name, seconds
 

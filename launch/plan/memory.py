@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from lasp.exchange import EXCHANGES
 from lasp.launch.plan.activations import Load, Saved, Term, rms_norm, saved_by_block, work_terms
 from lasp.models.config import ModelConfig
 from lasp.models.sizes import LinearSizes
@@ -167,7 +168,7 @@ def _kept_by_block(config: ModelConfig, kind: str, load: Load) -> tuple[Term, ..
     terms = [Term("inputs of blocks", load.tokens * config.dim * load.width, f"T x dim x {load.width}")]
     if kind == "L" and load.cp_size > 1:
         s = LinearSizes.of(config, load.tp_size)
-        maps = load.cp_size if load.exchange == "all_gather" else 1
+        maps = load.cp_size if EXCHANGES[load.exchange].keeps_transitions else 1
         size = load.rows * load.fragments * (s.state_elements + maps * s.transition_elements) * load.wide
         terms.append(Term("states that exchanges brought", size, f"F x (H K V + {maps} a) x {load.wide}"))
     return tuple(terms)

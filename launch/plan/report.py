@@ -10,8 +10,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lasp.cost import EXCHANGES, choose, estimate
 from lasp.cost.fabric import Fabric
+from lasp.exchange import EXCHANGES, choose, estimate
 from lasp.launch.config.schema import checked, load_config
 from lasp.launch.config.sizes import parse_bytes, parse_size
 from lasp.launch.plan.candidates import Candidate, describe
@@ -241,4 +241,5 @@ def _travel(best: Candidate, fabric: str) -> dict[str, Any]:
     """The exchanges of the run; the fabric where one needs it for its number of slices."""
     chosen = {"exchange": best.exchange, "softmax_exchange": best.softmax_exchange}
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    return {**chosen, "fabric": fabric} if best.exchange in ("all_scan", "hierarchical") else chosen
+    sliced = best.exchange is not None and EXCHANGES[best.exchange].takes_fabric
+    return {**chosen, "fabric": fabric} if sliced else chosen

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from lasp import cost
+from lasp.exchange import EXCHANGES
 from lasp.launch.plan.candidates import Candidate, describe, price
 from lasp.launch.plan.question import PlannedJob
 from lasp.models.config import ModelConfig
@@ -150,7 +150,7 @@ def _of_mesh(job: PlannedJob, tp: int, pp: int, cp: int, dp: int) -> Iterator[Ca
     tokens = -(-job.seq_len // cp)
     engines = _engines(job, cut=tp * pp > 1, ranks=cp * dp)
     tiles = [None] if tokens <= FFN_TILE or not all(kind.native for kind in engines) else [None, FFN_TILE]
-    exchanges = cost.EXCHANGES if cp > 1 and "L" in job.model.layer_kinds else (None,)
+    exchanges = EXCHANGES if cp > 1 and "L" in job.model.layer_kinds else (None,)
     for recompute, exchange in itertools.product((False, True), exchanges):
         models = [dataclasses.replace(job.model, recompute=recompute, ffn_tile=tile) for tile in tiles]
         found = [price(job, (tp, pp, cp, dp), kind.name, model, exchange) for kind in engines for model in models]

@@ -13,6 +13,7 @@ from lasp.models.config import ModelConfig
 from lasp.models.sizes import LinearSizes
 from lasp.parallel.mesh import Mesh
 from lasp.softmax.choice import softmax_choice
+from lasp.softmax.table import WITH_WINDOW
 
 
 def exchange_rows(config: RunConfig, mesh: Mesh) -> dict[str, str]:
@@ -41,6 +42,6 @@ def _softmax(model: ModelConfig, cp: CPContext, dtype: torch.dtype, tp_size: int
     if cp.softmax_exchange == AUTO:
         heads = model.heads // tp_size, max(1, (model.kv_heads or model.heads) // tp_size)
         return softmax_choice(cp, 1, heads, (model.softmax_head_dim,) * 2, dtype.itemsize, model.window).reason
-    if model.window and cp.softmax_exchange == "all_gather":
+    if model.window and cp.softmax_exchange == WITH_WINDOW:
         return f"the {model.window - 1} tokens before each fragment: window = {model.window}"
     return f"{cp.softmax_exchange}: as configured."

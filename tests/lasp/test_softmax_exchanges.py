@@ -15,7 +15,7 @@ from lasp.cost.fabric import Fabric, Link
 from lasp.kernels import reference
 from lasp.softmax import ring as softmax_ring
 from lasp.softmax.choice import softmax_choice
-from lasp.softmax.ulysses import check_heads
+from lasp.softmax.table import check_heads
 from tests.harness import assert_close, relative_error
 from tests.lasp.layout_cases import layouts, random_layouts
 from tests.lasp.models import make_model
@@ -300,23 +300,26 @@ def test_what_cannot_serve_is_refused_on_every_rank_with_the_alternatives(ranks)
     for (heads, window, name), calls in ranks.run(refusals, size=4):
         assert heads == (
             "exchange='ulysses' deals whole heads to ranks: cp_size = 4 must divide the H = 6 query heads, and divide "
-            "or be a multiple of the Hkv = 3 kv heads. Use exchange='ring' or 'all_gather', which cut no heads, or a "
+            "or be a multiple of the Hkv = 3 kv heads. Use exchange='all_gather' or 'ring', which cut no heads, or a "
             "cp_size of 1, 3, 6."
         )
         assert window == (
-            "window=5 has no use for exchange='ring': whole shards would travel for 4 tokens. Use 'all_gather', which "
-            "fetches just these, or 'ulysses'."
+            "window=5 has no use for exchange='ring': whole shards would travel for a few tokens. Use "
+            "exchange='all_gather' or 'ulysses'."
         )
-        assert name == "softmax_exchange must be one of ('all_gather', 'ring', 'ulysses', 'auto'), got 'rings'."
+        assert name == (
+            "softmax_exchange must be one of ('all_gather', 'ring', 'ulysses', 'auto'), got 'rings'. Did you mean "
+            "'ring'?"
+        )
         assert calls == {}
 
 
 def test_which_heads_ulysses_deals():
     for heads, kv_heads, size in ((8, 8, 4), (8, 2, 4), (8, 1, 8), (6, 3, 1), (12, 4, 2)):
-        check_heads(heads, kv_heads, size)
+        check_heads("ulysses", heads, kv_heads, size)
     for heads, kv_heads, size in ((6, 6, 4), (12, 3, 4), (12, 4, 6), (4, 4, 8)):
         with pytest.raises(ValueError, match=f"cp_size = {size} must divide the H = {heads} .* Hkv = {kv_heads} kv"):
-            check_heads(heads, kv_heads, size)
+            check_heads("ulysses", heads, kv_heads, size)
 
 
 def one_rank_missing(group, exchange, limit_s):

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.cost.fabric import Link
 from lasp.launch.bench import exchange, layer, options, scaling, steps
-from lasp.launch.bench.baselines import METHODS
+from lasp.launch.bench.baselines import methods
 from lasp.launch.bench.exchange import HOSTS, RANKS, RATES, SIZES, Cell, Settings, grid, summarise
 from lasp.launch.bench.exchange_cell import case_of, heads_of
 from lasp.launch.bench.exchange_report import markdown
@@ -38,7 +38,7 @@ def test_sizes_and_rates_are_read_in_their_units():
     with pytest.raises(ValueError, match=r"--hosts must be whole numbers of 1 to 8, like 1,2, got '9'"):
         options.counts("--hosts", "9", 1, 8)
     with pytest.raises(ValueError, match=r"--methods must be among LASP-1.*, got 'LASP-3'"):
-        options.names("--methods", "LASP-3", METHODS)
+        options.names("--methods", "LASP-3", methods())
 
 
 def test_the_default_sweep_has_forty_cells_of_every_shape_size_and_rate():
@@ -162,7 +162,7 @@ def _baseline(group, name, length, heads):
     grads = torch.autograd.grad(o, expected, whole[3])
 
     own = [layout.shard(x, rank).clone().requires_grad_() for x in whole[:3]]
-    mine = METHODS[name](*own, CPContext(layout, group))
+    mine = methods()[name](*own, CPContext(layout, group))
     got = torch.autograd.grad(mine, own, layout.shard(whole[3], rank))
     for label, a, b in zip(("o", "dq", "dk", "dv"), (mine, *got), (o, *grads), strict=True):
         assert_close(f"{name} {label}", a, layout.shard(b, rank), 2e-5)

@@ -8,7 +8,8 @@ import yaml
 from click.testing import CliRunner
 
 from lasp import cost
-from lasp.cost.fabric import Fabric
+from lasp.cost.fabric import Fabric, Link
+from lasp.exchange import EXCHANGES
 from lasp.launch.cli import cli
 from lasp.launch.config.schema import checked
 from lasp.launch.config.sizes import parse_bytes, parse_size
@@ -70,7 +71,7 @@ def test_candidates_cover_meshes_exchanges_and_recomputation_and_the_fastest_tha
     assert {(1, 1, 16, 1), (1, 1, 4, 4), (2, 1, 8, 1), (1, 2, 2, 4), (8, 2, 1, 1)} <= meshes
     assert all(tp * pp * cp * dp == 16 and 4 % dp == 0 for tp, pp, cp, dp in meshes)
     kinds = {(c.exchange, c.recompute) for c in plan.candidates if (c.tp, c.pp, c.cp) == (1, 1, 16)}
-    assert kinds == {(e, r) for e in cost.EXCHANGES for r in (False, True)}
+    assert kinds == {(e, r) for e in EXCHANGES for r in (False, True)}
     assert {c.engine for c in plan.candidates if c.tp * c.pp > 1} == {"megatron"}
     fitting = [c.tokens_per_s for c in plan.candidates if plan.fits(c)]
     assert plan.best.tokens_per_s == max(fitting)
@@ -206,6 +207,16 @@ def test_memory_that_no_number_of_gpus_reaches(monkeypatch):
     assert "More of this size, up to 64, would not do, or --memory" in message
     enough = parse_bytes(re.search(r"--memory (\w+)\.", message)[1], "memory")
     assert make_plan(dataclasses.replace(asked, memory=enough)).best is not None
+
+
+def test_ulysses_is_planned_where_ranks_share_kv_heads():
+    """32 query heads over 8 kv heads and 16 ranks: each kv head goes to two ranks, as in a run."""
+    slow = Link(1e-6, 1e9)  # where a rank's share of the heads is all that should travel
+    fabric = Fabric("slow", slow, slow, nics_per_node=8, overhead_s=1e-6, source="made up")
+    model = dataclasses.replace(ModelConfig.preset("linear-llama3-1b"), pattern="S", heads=32, kv_heads=8)
+    asked = dataclasses.replace(job(gpus=16, seq_len=64 * K), fabric=fabric, model=model)
+    found = {c.cp: c.softmax_exchange for c in make_plan(asked).candidates if c.tp * c.pp == 1}
+    assert found[16] == "ulysses"
 
 
 def test_candidates_of_one_mesh_price_an_exchange_once(monkeypatch):

@@ -1,5 +1,6 @@
 """``lasp verify`` passes what is right and names the layer of what is planted."""
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -73,7 +74,7 @@ def rank_trace(group, config, fault):
     mesh = Mesh.build(torch.distributed.get_world_size(group), 1, group)
     model = verifying.make_model(config.model, config.seed, config.torch_dtype)
     plant(model, fault, mesh.cp_rank)
-    with mock.patch.dict(EXCHANGES, {"forgets": ForgetsGradients}):
+    with mock.patch.dict(EXCHANGES, {"forgets": replace(EXCHANGES["all_gather"], scheme=ForgetsGradients)}):
         return verifying.trace_step(model, *verifying.first_batches(config, mesh), mesh)
 
 
