@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from kernel_checks import Inputs
 
+from lasp.kernels.operator import num_heads
 from lasp.kernels.segments import SegmentTable
 
 
@@ -88,15 +89,16 @@ def pass_times(inputs: list[Inputs], watch: Stopwatch, least: int) -> dict[str, 
     table, found = SegmentTable([(0, inputs[0].q.shape[1])], inputs[0].q.device), {}
     for i in range(least + 1):
         x = inputs[i % len(inputs)]
-        shared = x.q, x.k, x.v, x.g, table, True, x.q.shape[-1] ** -0.5
+        shared = x.k, x.v, x.g, None, table, num_heads(x.q, x.k, x.v, x.g), True, x.q.shape[-1] ** -0.5
         marks.clear()
         with torch.no_grad():
             watch.head_start(5e-3)
             forward = Forward(*shared)
-            maps = forward.state_maps(local=True)
+            maps = forward.state_maps(q=x.q)
             forward.finish(None)
-            known = {"saved": forward.saved, "entry": None, "exits": maps.state, "do": x.do}
-            backward = Backward(*shared, **known, needs_dg="g" in x.leaves())
+            known = {"saved": forward.saved, "kept_gates": forward.kept_gates, "entry": None, "exits": maps}
+            known |= {"needs_dg": "g" in x.leaves(), "needs_d_entry": False}
+            backward = Backward(*shared, q=x.q, do=x.do, **known)
             backward.state_maps(local=True)
             backward.finish(None)
         watch.wait()

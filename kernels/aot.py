@@ -107,12 +107,13 @@ def launches(arch: int, dim: int, case: str, lengths: tuple[int, ...] = LENGTHS)
             shape = CASES[case].gate_shape(1, length, HEADS, dim)
             g = None if shape is None else torch.empty(shape)
             state = torch.empty(1, 1, HEADS, dim, dim)
-        inputs = q, k, v, g, SegmentTable([(0, length)], torch.device("meta")), causal, 0.125
-        forward = Forward(*inputs)
-        exits = forward.state_maps().state
-        forward.finish(state if entered else None)
-        known = {"saved": forward.saved, "entry": state if entered else None, "exits": exits, "do": do}
-        backward = Backward(*inputs, **known, needs_dg=case == "learned" or CASES[case].per_token)
+        inputs = k, v, g, None, SegmentTable([(0, length)], torch.device("meta")), HEADS, causal, 0.125
+        forward, entry = Forward(*inputs), state if entered else None
+        exits = forward.state_maps(q=q)
+        forward.finish(entry)
+        known = {"saved": forward.saved, "kept_gates": forward.kept_gates, "entry": entry, "exits": exits}
+        known |= {"needs_dg": case == "learned" or CASES[case].per_token, "needs_d_entry": False}
+        backward = Backward(*inputs, q=q, do=do, **known)
         backward.state_maps(local=True)
         backward.finish(state if entered else None)
     return list(found)

@@ -18,9 +18,25 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
+
+
+class Transition(str, Enum):
+    """The kinds of transition, by the names that options and reports use."""
+
+    IDENTITY = "identity"
+    SCALAR = "scalar"
+    DIAGONAL = "diagonal"
+    DENSE = "dense"
+
+    __str__ = str.__str__
+
+    def numbers(self, key_dim: int) -> int:
+        """Numbers in the transition of one head with keys of this width."""
+        return {"identity": 0, "scalar": 1, "diagonal": key_dim, "dense": key_dim * key_dim}[self.value]
 
 
 @contextlib.contextmanager
@@ -73,13 +89,13 @@ class StateMap:
         assert self.log_decay is None or self.matrix is None, "a map has a log_decay or a matrix, not both"
 
     @property
-    def kind(self) -> str:
-        """``identity``, ``scalar``, ``diagonal`` or ``dense``."""
+    def kind(self) -> Transition:
+        """Of the transition."""
         if self.matrix is not None:
-            return "dense"
+            return Transition.DENSE
         if self.log_decay is None:
-            return "identity"
-        return "scalar" if self.log_decay.shape[-1] == 1 else "diagonal"
+            return Transition.IDENTITY
+        return Transition.SCALAR if self.log_decay.shape[-1] == 1 else Transition.DIAGONAL
 
     def transpose(self) -> StateMap:
         """The map with ``A`` transposed: how gradients of states travel, ``dS_in = A^T dS_out + C``."""

@@ -2,8 +2,8 @@
 
 One forward: the operator's state maps -> exchange starts -> local work -> entry states -> outputs. One backward, its
 mirror: entry-state gradients -> exchange -> local work -> exit-state gradients -> input gradients. Each direction has
-one exchange. The operator is :mod:`lasp.kernels.torch_linear.operator`, the exchange :mod:`lasp.exchange`, the algebra
-:mod:`lasp.kernels.state`.
+one exchange. What an operator is stands in :mod:`lasp.kernels.operator`, one of them in
+:mod:`lasp.kernels.torch_linear.operator`; the exchange is :mod:`lasp.exchange`, the algebra :mod:`lasp.kernels.state`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import logging
 import os
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,9 +21,9 @@ from lasp.checks import check_not_empty, check_scale, check_tensors
 from lasp.context.chains import ChainPlan
 from lasp.cp_context import CPContext
 from lasp.exchange import new_exchange
-from lasp.kernels.operator import num_heads
+from lasp.kernels.operator import Operator, num_heads
 from lasp.kernels.reference import recurrence
-from lasp.kernels.state import StateMap, in_ieee, state_dtype, transition
+from lasp.kernels.state import StateMap, in_ieee, state_dtype
 from lasp.kernels.torch_linear import operator as torch_operator
 
 IMPLS = ("auto", "torch", "triton", "reference")
@@ -78,8 +77,7 @@ def linear_attention(
         borders = cp.layout.cu_seqlens_global
         o, final = recurrence(*wide[:4], cu_seqlens=borders, causal=causal, scale=scale, initial_state=wide[4])
         return o.to(v.dtype), final if output_final_state else None
-    operator = operator_of(impl)
-    return _LinearAttention.apply(q, k, v, g, initial_state, cp, causal, scale, output_final_state, operator)
+    return run_stages(operator_of(impl), q, k, v, g, beta, initial_state, cp, causal, scale, output_final_state)
 
 
 @functools.cache
@@ -87,8 +85,8 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def operator_of(impl: str) -> ModuleType:
-    """The stages of an operator, ``torch`` or ``triton``, as the Forward and Backward of a module.
+def operator_of(impl: str) -> Operator:
+    """The stages of an operator, ``torch`` or ``triton``.
 
     Triton is imported where it is used.
 
@@ -104,39 +102,57 @@ def operator_of(impl: str) -> ModuleType:
     return triton_operator
 
 
+def run_stages(
+    operator: Operator,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    cp: CPContext,
+    causal: bool,
+    scale: float,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`linear_attention` by this operator, with arguments that have been checked."""
+    return _LinearAttention.apply(q, k, v, g, beta, initial_state, cp, causal, scale, output_final_state, operator)
+
+
 class _LinearAttention(torch.autograd.Function):
     """The stages of the operator with the exchange between them."""
 
     @staticmethod
     @in_ieee
-    def forward(ctx, q, k, v, g, initial_state, cp, causal, scale, output_final_state, operator):
-        plan = cp.chain_plan(causal, output_final_state)
-        op = operator.Forward(q, k, v, g, cp.segment_table(q.device), causal, scale)
+    def forward(ctx, q, k, v, g, beta, initial_state, cp, causal, scale, output_final_state, operator):
+        plan, heads = cp.chain_plan(causal, output_final_state), num_heads(q, k, v, g, beta)
+        inputs = k, v, g, beta, cp.segment_table(q.device), heads, causal, scale
+        op = operator.Forward(*inputs)
         initial = None if initial_state is None else _by_document(initial_state, cp, op.dtype)  # [N, B, H, K, V]
-        fixed = None if g is None or g.dim() > 1 else g.repeat_interleave(op.num_heads // g.shape[0])
 
         replaying = cp.tape is not None and cp.tape.replaying  # activations made again: the states are at hand
         alone = cp.cp_size == 1 or replaying  # no message to overlap: fewer passes
-        maps = op.state_maps(local=alone)
+        maps = op.state_maps(_by_segment(initial, plan), q=q if alone else None)
         if replaying:
             exchange, entry, finals = cp.tape.read()
         else:
+            fixed = _fixed_decay(g, heads, maps)
             exchange = new_exchange(cp, plan, maps, fixed)
-            exchange.start(_with_initial(maps, plan, initial), fixed)
-        entered = _marked(plan.before, plan.begins if initial is not None else (), causal)
+            exchange.start(maps, fixed)
+        entered = _marked(plan.before, (), causal)
         if not alone:
-            op.local(entered)
+            op.local(q, entered)
         if not replaying:
             entry, finals = exchange.wait(initial)
             if cp.tape is not None:
                 cp.tape.record(exchange, entry, finals)
         if not causal:
             entry = _document_totals(entry, maps.state, plan.before, cp)
-        o = op.finish(entry, entered)
+        o, exits = op.finish(entry, entered)
 
-        ctx.exchange, ctx.options, ctx.kept_gates = exchange, (causal, scale), op.kept_gates
+        ctx.exchange, ctx.options, ctx.kept_gates = exchange, (heads, causal, scale), op.kept_gates
         ctx.operator, ctx.layout = operator, cp.layout
-        ctx.save_for_backward(q, k, v, g, maps.state, maps.log_decay, entry, *op.saved)
+        ctx.save_for_backward(q, k, v, g, beta, exits, maps.log_decay, maps.matrix, entry, *op.saved)
         ctx.initial_dtype = None if initial is None else initial_state.dtype
         return o, None if finals is None else _public_state(finals, cp)
 
@@ -144,18 +160,17 @@ class _LinearAttention(torch.autograd.Function):
     @once_differentiable
     @in_ieee
     def backward(ctx, do, d_final):
-        q, k, v, g, state, log_decay, entry, *saved = ctx.saved_tensors
-        (causal, scale), exchange, maps = ctx.options, ctx.exchange, StateMap(state, log_decay)
-        cp, plan = exchange.cp, exchange.plan
+        q, k, v, g, beta, state, log_decay, matrix, entry, *saved = ctx.saved_tensors
+        exits, (heads, causal, scale) = StateMap(state, log_decay, matrix), ctx.options
+        exchange, cp, plan = ctx.exchange, ctx.exchange.cp, ctx.exchange.plan
         if cp.layout is not ctx.layout:
             raise ValueError(
                 "the layout of cp was replaced between forward and backward: replace_layout must follow the backward."
             )
-        exits = state if entry is None or not causal else transition(maps, entry) + state
-        d_final = None if d_final is None else _by_document(d_final, cp, state.dtype)
-        known = {"saved": saved, "kept_gates": ctx.kept_gates, "entry": entry, "exits": exits, "do": do}
-        table, needs_dg = cp.segment_table(q.device), ctx.needs_input_grad[3]
-        op = ctx.operator.Backward(q, k, v, g, table, causal, scale, needs_dg=needs_dg, **known)
+        d_final = None if d_final is None else _by_document(d_final, cp, exits.state.dtype)
+        known = {"q": q, "do": do, "saved": saved, "kept_gates": ctx.kept_gates, "entry": entry, "exits": exits}
+        known |= {"needs_dg": any(ctx.needs_input_grad[3:5]), "needs_d_entry": ctx.needs_input_grad[5]}
+        op = ctx.operator.Backward(k, v, g, beta, cp.segment_table(q.device), heads, causal, scale, **known)
 
         grads = op.state_maps(local=cp.cp_size == 1)
         exchange.start_backward(grads, d_final)
@@ -165,13 +180,19 @@ class _LinearAttention(torch.autograd.Function):
         if not causal:
             d_exit = _document_totals(d_exit, grads, plan.after, cp)
         reached = _marked(plan.after, plan.ends if d_final is not None else (), causal)
-        dq, dk, dv, dg = op.finish(d_exit, reached)
+        *d_inputs, d_entry = op.finish(d_exit, reached)
 
         d_initial = None
-        if ctx.needs_input_grad[4]:
-            d_entry = grads if d_exit is None else transition(maps.transpose(), d_exit) + grads
+        if d_entry is not None:
             d_initial = _initial_grad(d_entry, plan, cp, d_final).to(ctx.initial_dtype)
-        return dq, dk, dv, dg, d_initial, None, None, None, None, None
+        return *d_inputs, d_initial, None, None, None, None, None
+
+
+def _fixed_decay(g: Tensor | None, heads: int, maps: StateMap) -> Tensor | None:
+    """The log-decay [H] that is equal for all tokens and makes up the whole transition; None where there is none."""
+    if g is None or g.dim() > 1 or maps.matrix is not None:
+        return None
+    return g.repeat_interleave(heads // g.shape[0])
 
 
 def _marked(slots: tuple[tuple, ...], edges: tuple[bool, ...], causal: bool) -> list[bool] | None:
@@ -189,16 +210,12 @@ def _document_totals(arrived: Tensor | None, own: Tensor, slots: tuple[tuple, ..
     return torch.where(shared.view(-1, 1, 1, 1, 1), arrived, own)
 
 
-def _with_initial(maps: StateMap, plan: ChainPlan, initial: Tensor | None) -> StateMap:
-    """The maps with the initial state of each document applied in the segment that begins it."""
+def _by_segment(initial: Tensor | None, plan: ChainPlan) -> Tensor | None:
+    """The initial state [N, B, H, K, V] of the document that a segment begins, else zero: [segments, B, H, K, V]."""
     if initial is None or not any(plan.begins):
-        return maps
-    state = maps.state.clone()
-    for i, (document, begins) in enumerate(zip(plan.documents, plan.begins, strict=True)):
-        if begins:
-            log_decay = None if maps.log_decay is None else maps.log_decay[i]
-            state[i] += transition(StateMap(state[i], log_decay), initial[document])
-    return StateMap(state, maps.log_decay)
+        return None
+    states = [initial[n] for n in plan.documents]
+    return torch.stack([s if begins else torch.zeros_like(s) for s, begins in zip(states, plan.begins, strict=True)])
 
 
 def _initial_grad(d_entry: Tensor, plan: ChainPlan, cp: CPContext, d_final: Tensor | None) -> Tensor:

@@ -9,8 +9,8 @@ Per head, with ``G`` the cumulative log-decay of a chunk and ``S_p`` the state a
 of LASP-2 (arXiv 2502.07563, algorithm 2) are: ``state_maps`` reads keys and values only, so the exchange can start;
 ``local`` computes the whole output as if every entry state were zero while it flies; ``finish`` adds what the entry
 states contribute, where there are any. The backward mirrors it with state gradients and is written by hand: states
-are rebuilt from one saved state per tile, so memory stays O(T (K + V)). With nothing to wait for,
-``state_maps(local=True)`` does the first two stages in one pass over the tiles.
+are rebuilt from one saved state per tile, so memory stays O(T (K + V)). With nothing to wait for, ``state_maps`` does
+the first two stages in one pass over the tiles. The stages are those of :mod:`lasp.kernels.operator`.
 
 Tensors inside a tile are [n, B, H, C, D]: n chunks of C tokens. States inside a tile are [n + 1, B, H, K, V], one per
 position between chunks; those that leave this file are [segments, B, H, K, V].
@@ -24,7 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lasp.kernels.operator import num_heads
+from lasp.kernels.operator import Gradients, begun, entry_grads, left
 from lasp.kernels.segments import SegmentTable, Tile, default_chunk_size
 from lasp.kernels.state import StateMap, in_ieee, state_dtype, suffix_sum
 from lasp.kernels.torch_linear import diagonal
@@ -74,21 +74,23 @@ class _Chunked:
 
     def __init__(
         self,
-        q: Tensor,
         k: Tensor,
         v: Tensor,
         g: Tensor | None,
+        beta: None,
         table: SegmentTable,
+        num_heads: int,
         causal: bool,
         scale: float,
     ):
-        self.q, self.k, self.v, self.g = q, k, v, g
+        assert beta is None, "the delta rule has dense transitions"
+        self.k, self.v, self.g = k, v, g
         self.table, self.causal, self.scale = table, causal, scale
-        self.dtype = state_dtype(q.dtype)
-        self.batch, self.num_heads = q.shape[0], num_heads(q, k, v, g)
-        self.key_dim, self.value_dim = q.shape[-1], v.shape[-1]
+        self.dtype = state_dtype(k.dtype)
+        self.batch, self.num_heads = k.shape[0], num_heads
+        self.key_dim, self.value_dim = k.shape[-1], v.shape[-1]
         rows, widest = self.batch * self.num_heads, max(self.key_dim, self.value_dim)
-        self.tiles = table.tiles(_tile_chunks(rows, widest, table.chunk_size, table.num_chunks, q.device.type))
+        self.tiles = table.tiles(_tile_chunks(rows, widest, table.chunk_size, table.num_chunks, k.device.type))
 
     def gates(self, i: int) -> Gates:
         """The decays of tile i, kept from stage to stage where they are small against its tokens."""
@@ -164,31 +166,20 @@ class _Chunked:
 
 
 class Forward(_Chunked):
-    """The forward in stages: :meth:`state_maps`, then :meth:`local`, then :meth:`finish`, once each.
+    """The forward in the stages of :class:`lasp.kernels.operator.ForwardStages`."""
 
-    Args:
-        q, k, v: [B, T, Hx, K], [B, T, Hx, K], [B, T, Hx, V]; every Hx divides H.
-        g: log-decay <= 0: None, [Hx], [B, T, Hx] or [B, T, Hx, K].
-        table: chunks of the T local tokens.
-        causal: False reads the state of the whole document (then ``g`` is None).
-        scale: factor of the output.
-    """
-
-    def __init__(self, q, k, v, g, table, causal, scale):
-        super().__init__(q, k, v, g, table, causal, scale)
+    def __init__(self, k, v, g, beta, table, num_heads, causal, scale):
+        super().__init__(k, v, g, beta, table, num_heads, causal, scale)
         self.kept_gates = {}
 
     @in_ieee
-    def state_maps(self, *, local: bool = False) -> StateMap:
-        """The map of every segment, stacked: state [segments, B, H, K, V], log_decay [segments, b, H, a].
-
-        ``local``: do the work of :meth:`local` in the same pass, for when no exchange is to be overlapped.
-        """
+    def state_maps(self, initial: Tensor | None = None, *, q: Tensor | None = None) -> StateMap:
+        """The map of every segment, log_decay [segments, b, H, a]; with ``q`` the work of :meth:`local` in one pass."""
         shape = (self.batch, self.num_heads, self.key_dim, self.value_dim)
-        carried = self.q.new_zeros(shape, dtype=self.dtype)
-        carries = self.q.new_empty((len(self.tiles), *shape), dtype=self.dtype)
-        if local:
-            self._make_output()
+        carried = self.k.new_zeros(shape, dtype=self.dtype)
+        carries = self.k.new_empty((len(self.tiles), *shape), dtype=self.dtype)
+        if q is not None:
+            self._make_output(q)
         exits, totals = [], []
         for i, tile in enumerate(self.tiles):
             gates = self.gates(i)
@@ -199,23 +190,20 @@ class Forward(_Chunked):
             carried = states[-1].clone()
             if self.g is not None:
                 totals.append(gates.totals)
-            if local and self.causal:
+            if q is not None and self.causal:
                 self._output(i, gates, k, v, states)
         borders = torch.nn.functional.pad(torch.cat(totals).cumsum(0), (0, 0, 0, 0, 0, 0, 1, 0)) if totals else None
         self.saved = carries, borders
         log_decay = None
         if borders is not None:
             log_decay = (borders[self.table.borders.ends] - borders[self.table.borders.begins]).to(self.dtype)
-        return StateMap(torch.cat(exits), log_decay)
+        self._maps, self._begins = StateMap(torch.cat(exits), log_decay), initial is not None
+        return begun(self._maps, initial)
 
     @in_ieee
-    def local(self, entered: Sequence[bool] | None = None) -> None:
-        """The output that needs no entry state: within chunks, and across those of one segment.
-
-        Args:
-            entered: for operators that finish whole segments here; this one does as much for those that are entered.
-        """
-        self._make_output()
+    def local(self, q: Tensor, entered: Sequence[bool] | None) -> None:
+        """The output as of zero entry states: within chunks, and across those of one segment, entered or not."""
+        self._make_output(q)
         if not self.causal:
             return
         for i, tile in enumerate(self.tiles):
@@ -223,7 +211,8 @@ class Forward(_Chunked):
             k, v = self.load(self.k, tile), self.load(self.v, tile)
             self._output(i, gates, k, v, self.states(i, gates, gates.to_end(k), v, self.saved[0][i]))
 
-    def _make_output(self) -> None:
+    def _make_output(self, q: Tensor) -> None:
+        self.q = q
         make = self.q.new_empty if self.causal else self.q.new_zeros
         self.o = make((self.batch, self.q.shape[1], self.num_heads, self.value_dim), dtype=self.dtype)
 
@@ -238,40 +227,37 @@ class Forward(_Chunked):
         self.store(self.o, self.tiles[i], add_product(scores @ v, gates.from_begin(q), states))
 
     @in_ieee
-    def finish(self, entry: Tensor | None, entered: Sequence[bool] | None = None) -> Tensor:
-        """The output [B, T, H, V] in v's dtype.
-
-        Args:
-            entry: state that enters each segment [segments, B, H, K, V], None when all are zero; not causal: the
-                state of each segment's whole document.
-            entered: which of them may differ from zero; None: any.
-        """
+    def finish(self, entry: Tensor | None, entered: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
+        """The output, with what the entry states add, and the exit states."""
+        if self._begins:
+            entered = None  # what is not entered begins a document
         for i in self.touched(entered) if entry is not None else ():
             tile = self.tiles[i]
             gates = self.gates(i)
             q = self.load(self.q, tile, self.scale)
             self.store(self.o, tile, gates.from_begin(q) @ self.entries_in(i, entry), add=True)
-        return self.o.to(self.v.dtype)
+        return self.o.to(self.v.dtype), left(self._maps, entry, self.causal)
 
 
 class Backward(_Chunked):
-    """The backward in stages, in the order of :class:`Forward`'s.
+    """The backward in the stages of :class:`lasp.kernels.operator.BackwardStages`; ``kept_gates`` may be empty."""
 
-    Args:
-        q, k, v, g, table, causal, scale: as given to the forward.
-        saved: attribute of the forward.
-        entry: as given to :meth:`Forward.finish`.
-        exits: state after each segment [segments, B, H, K, V].
-        do: gradient of the output [B, T, H, V].
-        needs_dg: whether the gradient of ``g`` is asked for.
-        kept_gates: attribute of the forward; None makes the decays again.
-    """
-
-    def __init__(self, q, k, v, g, table, causal, scale, *, saved, entry, exits, do, needs_dg, kept_gates=None):
-        super().__init__(q, k, v, g, table, causal, scale)
-        self.saved, self.kept_gates = saved, {} if kept_gates is None else kept_gates
-        self.entry, self.exits, self.do = entry, exits, do
-        self.needs_dg = needs_dg and g is not None
+    def __init__(
+        self,
+        *inputs,
+        q: Tensor,
+        do: Tensor,
+        saved: Sequence[Tensor | None],
+        kept_gates: dict[int, Gates],
+        entry: Tensor | None,
+        exits: StateMap,
+        needs_dg: bool,
+        needs_d_entry: bool,
+    ):
+        super().__init__(*inputs)
+        self.q, self.do, self.saved, self.kept_gates = q, do, saved, kept_gates
+        self.entry, self.exits, self._exit_maps = entry, exits.state, exits
+        self.needs_dg, self.needs_d_entry = needs_dg and self.g is not None, needs_d_entry
 
     @in_ieee
     def state_maps(self, *, local: bool = False) -> Tensor:
@@ -293,7 +279,8 @@ class Backward(_Chunked):
             carried = grads[0].clone()
             if local:
                 self._local_grads(i, gates, q, do, grads)
-        return torch.cat(entries[::-1])
+        self._entry_grads = torch.cat(entries[::-1])
+        return self._entry_grads
 
     @in_ieee
     def local(self) -> None:
@@ -351,16 +338,8 @@ class Backward(_Chunked):
         return d_scores @ k, d_scores.transpose(-1, -2) @ q, dv
 
     @in_ieee
-    def finish(
-        self, d_exit: Tensor | None, reached: Sequence[bool] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of q, k, v and g, each in its input's shape and dtype; None for ``g`` where not asked for.
-
-        Args:
-            d_exit: gradient of the state after each segment [segments, B, H, K, V], None when all are zero; not
-                causal: the gradient of each segment's document state.
-            reached: which of them may differ from zero; None: any.
-        """
+    def finish(self, d_exit: Tensor | None, reached: Sequence[bool] | None = None) -> Gradients:
+        """The gradients, with what those of exit states add."""
         for i in self.touched(reached) if d_exit is not None else ():
             tile = self.tiles[i]
             gates = self.gates(i)
@@ -373,7 +352,9 @@ class Backward(_Chunked):
                 arrived = self._arrived(i, d_exit) if tile.shape.leaves else None
                 self.store(self.dg, tile, self._gate_grad(i, (k * dk).neg_(), arrived, d_exit), add=True)
         grads = [dx.to(x.dtype) for x, dx in ((self.q, self.dq), (self.k, self.dk), (self.v, self.dv))]
-        return *grads, self._reduced_gate() if self.needs_dg else None
+        dg = self._reduced_gate() if self.needs_dg else None
+        d_entry = entry_grads(self._entry_grads, self._exit_maps, d_exit) if self.needs_d_entry else None
+        return Gradients(*grads, dg, None, d_entry)
 
     def _arrived(self, i: int, d_exit: Tensor) -> Tensor:
         """What is left at tile i's end of the exit gradient of the segment that runs out of it, [B, H, K, V]."""

@@ -22,7 +22,8 @@ import torch
 import triton
 from torch import Tensor
 
-from lasp.kernels.operator import num_heads
+from lasp.kernels.operator import Gradients, begun, entry_grads, left
+from lasp.kernels.operator import num_heads as heads_of
 from lasp.kernels.segments import SegmentTable
 from lasp.kernels.state import StateMap
 from lasp.kernels.triton_linear import tiles as triton_tiles
@@ -58,27 +59,29 @@ class _Lightning:
 
     def __init__(
         self,
-        q: Tensor,
         k: Tensor,
         v: Tensor,
         g: Tensor | None,
+        beta: None,
         table: SegmentTable,
+        num_heads: int,
         causal: bool,
         scale: float,
     ):
-        check(q, v)
+        assert beta is None, "the delta rule has dense transitions"
+        check(k, v)
         if 0.0 < abs(scale) < _LEAST_SCALE:
             raise ValueError(
                 f"impl='triton' takes a scale of 0 or of {_LEAST_SCALE} and more in size, got {scale}. Scale q, or use "
                 "impl='torch'."
             )
-        self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
+        self.k, self.v = k.contiguous(), v.contiguous()
         self.g, self.causal, self.scale, self.dtype = g, causal, scale, torch.float32
-        self.batch, self.length, _, self.key_dim = q.shape
-        self.value_dim, self.num_heads = v.shape[-1], num_heads(q, k, v, g)
+        self.batch, self.length, _, self.key_dim = k.shape
+        self.value_dim, self.num_heads = v.shape[-1], num_heads
         self.decay = Decay.of(g)
-        self.gate_heads = 1 if g is None else num_heads(g)
-        self.exact = q.dtype == torch.float32
+        self.gate_heads = 1 if g is None else heads_of(g)
+        self.exact = k.dtype == torch.float32
         self.rows = self.batch * self.num_heads
         self.plan = self._plan()
         self.pieces = superchunks(table, self.plan.superchunk)
@@ -90,20 +93,20 @@ class _Lightning:
 
     def _arch(self) -> int:
         """Compute capability, as 90; 0 without a GPU: the interpreter."""
-        if not self.q.is_cuda:
+        if not self.k.is_cuda:
             return 0
-        major, minor = torch.cuda.get_device_capability(self.q.device)
+        major, minor = torch.cuda.get_device_capability(self.k.device)
         return 10 * major + minor
 
     def _plan(self) -> triton_tiles.Plan:
-        call = self._arch(), self.q.dtype, self.key_dim, self.value_dim, self.decay, self.rows * self.length
-        if self.q.is_cuda and triton_tiles.autotuned():
-            tune_once(triton_tiles.entry(*call), self.q.device, (Forward, Backward))
+        call = self._arch(), self.k.dtype, self.key_dim, self.value_dim, self.decay, self.rows * self.length
+        if self.k.is_cuda and triton_tiles.autotuned():
+            tune_once(triton_tiles.entry(*call), self.k.device, (Forward, Backward))
         return triton_tiles.plan(*call)
 
     def _launch(self, kernel, programs: int, **arguments) -> None:
         """Run ``programs`` programs of a kernel; ``arguments`` are the kernel's, by name, and launch options."""
-        with torch.cuda.device_of(self.q):
+        with torch.cuda.device_of(self.k):
             kernel[(programs,)](**arguments)
 
     def _prepare_gates(self, g: Tensor) -> None:
@@ -128,7 +131,7 @@ class _Lightning:
             self._launch(
                 channel_gates, programs, p_g=g, p_fine=self.fine, p_total=self.total, p_flags=self.flags,
                 p_illegal=self.illegal, p_pieces=self.pieces.pieces, T=self.length, N=count,
-                limit=_CHUNK_DECAY[self.q.dtype], HG=heads, K=channels, BK=block, C=chunk,
+                limit=_CHUNK_DECAY[self.k.dtype], HG=heads, K=channels, BK=block, C=chunk,
                 num_warps=max(4, block // 16),
             )  # fmt: skip
         segments = self.pieces.num_segments
@@ -190,24 +193,24 @@ class _Lightning:
 
 
 class Forward(_Lightning):
-    """The forward in stages, with the arguments and results of :class:`lasp.kernels.torch_linear.operator.Forward`."""
+    """The forward in the stages of :class:`lasp.kernels.operator.ForwardStages`."""
 
-    def __init__(self, q, k, v, g, table, causal, scale):
-        super().__init__(q, k, v, g, table, causal, scale)
+    def __init__(self, k, v, g, beta, table, num_heads, causal, scale):
+        super().__init__(k, v, g, beta, table, num_heads, causal, scale)
         shape = (self.batch, self.length, self.num_heads, self.value_dim)
         self.o = torch.empty(shape, dtype=v.dtype, device=v.device)
-        if self.decay.per_token and q.is_cuda:
+        if self.decay.per_token and k.is_cuda:
             torch._assert_async((self.illegal == 0).all(), "g must be a log-decay <= 0")
         self.done: list[tuple[int, int]] = []  # ranges of superchunks whose output local() has made
 
-    def state_maps(self, *, local: bool = False) -> StateMap:
-        """The map of every segment: state [segments, B, H, K, V], log_decay [segments, b, H, a]; fp32.
-
-        ``local`` changes nothing here: one output kernel does the rest.
-        """
+    def state_maps(self, initial: Tensor | None = None, *, q: Tensor | None = None) -> StateMap:
+        """The map of every segment, log_decay [segments, b, H, a]; fp32. ``q`` is kept: one kernel does the rest."""
+        if q is not None:
+            self.q = q.contiguous()
         states, exits = self._states(self.k, self.v, reverse=False)
         self.saved = (states,) if self.causal else ()
-        return StateMap(exits, self._log_decay())
+        self._maps, self._initial = StateMap(exits, self._log_decay()), _contiguous(initial)
+        return begun(self._maps, initial)
 
     def _log_decay(self) -> Tensor | None:
         groups = self.num_heads // self.gate_heads
@@ -219,12 +222,9 @@ class Forward(_Lightning):
         total = self.whole * _LN2
         return total if groups == 1 else total.repeat_interleave(groups, 2)
 
-    def local(self, entered: Sequence[bool] | None = None) -> None:
-        """The output of segments that no state enters.
-
-        Args:
-            entered: which segments one may enter; None: all, and nothing is done here.
-        """
+    def local(self, q: Tensor, entered: Sequence[bool] | None) -> None:
+        """The output of segments that no state enters but an initial one; nothing where ``entered`` is None."""
+        self.q = q.contiguous()
         if not self.causal or entered is None:
             return
         first = self.pieces.first
@@ -233,22 +233,16 @@ class Forward(_Lightning):
         if len(starts) <= _MOST_RUNS:
             self.done = [(first[i], first[j]) for i, j in zip(starts, stops, strict=True)]
         for pieces in self.done:
-            self._output(None, pieces)
+            self._output(self._initial, pieces)
 
-    def finish(self, entry: Tensor | None, entered: Sequence[bool] | None = None) -> Tensor:
-        """The output [B, T, H, V] in v's dtype.
-
-        Args:
-            entry: state that enters each segment [segments, B, H, K, V], None when all are zero; not causal: the
-                state of each segment's whole document.
-            entered: which of them may differ from zero, as :meth:`local` was told; all are read.
-        """
+    def finish(self, entry: Tensor | None, entered: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
+        """The output of the other segments, and the exit states."""
         entry, at = _contiguous(entry), 0
         for start, stop in [*self.done, (self.pieces.count, self.pieces.count)]:
             if at < start:
                 self._output(entry, (at, start))
             at = stop
-        return self.o
+        return self.o, left(self._maps, entry, self.causal)
 
     def _output(self, entry: Tensor | None, pieces: tuple[int, int]) -> None:
         states = self.saved[0] if self.causal else None
@@ -256,12 +250,24 @@ class Forward(_Lightning):
 
 
 class Backward(_Lightning):
-    """The backward in stages, with the arguments and results of the PyTorch operator's."""
+    """The backward in the stages of :class:`lasp.kernels.operator.BackwardStages`."""
 
-    def __init__(self, q, k, v, g, table, causal, scale, *, saved, entry, exits, do, needs_dg, kept_gates=None):
-        super().__init__(q, k, v, g, table, causal, scale)
-        self.saved, self.entry, self.exits = tuple(saved), _contiguous(entry), _contiguous(exits)
-        self.do, self.needs_dg = do.contiguous(), needs_dg and g is not None
+    def __init__(
+        self,
+        *inputs,
+        q: Tensor,
+        do: Tensor,
+        saved: Sequence[Tensor | None],
+        kept_gates: None,
+        entry: Tensor | None,
+        exits: StateMap,
+        needs_dg: bool,
+        needs_d_entry: bool,
+    ):
+        super().__init__(*inputs)
+        self.q, self.do, self.saved = q.contiguous(), do.contiguous(), tuple(saved)
+        self.entry, self.exits, self._exit_maps = _contiguous(entry), _contiguous(exits.state), exits
+        self.needs_dg, self.needs_d_entry = needs_dg and self.g is not None, needs_d_entry
         self.dq = self.products = None
 
     def state_maps(self, *, local: bool = False) -> Tensor:
@@ -269,10 +275,10 @@ class Backward(_Lightning):
 
         ``local``: do the work of :meth:`local` as well.
         """
-        self.grads, entry_grads = self._states(self.q, self.do, reverse=True)
+        self.grads, self._entry_grads = self._states(self.q, self.do, reverse=True)
         if local:
             self.local()
-        return entry_grads
+        return self._entry_grads
 
     def local(self) -> None:
         """dq, and for the gate's gradient the products q * dq."""
@@ -291,16 +297,8 @@ class Backward(_Lightning):
         slots = self._dq_slots + triton.cdiv(self.key_dim, self.plan.tiles["dk"].block)
         return self.k.new_empty((slots, self.rows, self.length), dtype=torch.float32)
 
-    def finish(
-        self, d_exit: Tensor | None, reached: Sequence[bool] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of q, k, v and g, each in its input's shape and dtype; None for ``g`` where not asked for.
-
-        Args:
-            d_exit: gradient of the state after each segment [segments, B, H, K, V], None when all are zero; not
-                causal: the gradient of each segment's document state.
-            reached: which of them may differ from zero; all are read.
-        """
+    def finish(self, d_exit: Tensor | None, reached: Sequence[bool] | None = None) -> Gradients:
+        """The gradients; all exit gradients are read, whatever ``reached`` says."""
         d_exit = _contiguous(d_exit)
         grads = self.grads if self.causal else None
         dk, dv = self._grad_like(self.k), self._grad_like(self.v)
@@ -309,7 +307,8 @@ class Backward(_Lightning):
             rows = self.products if self.decay == Decay.CHANNEL else self.products[self._dq_slots :]
         self._mix_grads(grads, d_exit, dv, dk, rows)
         dg = self._gate_grad(d_exit) if self.needs_dg else None
-        return _reduced(self.dq, self.q), _reduced(dk, self.k), _reduced(dv, self.v), dg
+        d_entry = entry_grads(self._entry_grads, self._exit_maps, d_exit) if self.needs_d_entry else None
+        return Gradients(_reduced(self.dq, self.q), _reduced(dk, self.k), _reduced(dv, self.v), dg, None, d_entry)
 
     def _mix_grads(self, grads, d_exit, dv, dk, rows) -> None:
         """dv and dk: see :mod:`lasp.kernels.triton_linear.output`."""
@@ -375,8 +374,8 @@ def unserved(dtype: torch.dtype, key_dim: int, value_dim: int) -> str:
     return ""
 
 
-def check(q: Tensor, v: Tensor) -> None:
+def check(k: Tensor, v: Tensor) -> None:
     """Raise a ValueError for dtypes and head dims that the kernels do not serve."""
-    why = unserved(q.dtype, q.shape[-1], v.shape[-1])
+    why = unserved(k.dtype, k.shape[-1], v.shape[-1])
     if why:
         raise ValueError(f"impl='triton' takes {why}. Change that, or use impl='torch'.")

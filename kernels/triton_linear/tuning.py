@@ -104,17 +104,18 @@ def _pass(
     """The stage of the operator that launches kernel ``name``, after all stages before it have run."""
     q, k, v, do = (torch.randn(1, length, heads, asked.dim, dtype=dtype, device=device) for _ in range(4))
     table = SegmentTable([(0, length)], device)
-    arguments = q, k, v, _gate(asked, heads, length, device), table, True, asked.dim**-0.5
+    arguments = k, v, _gate(asked, heads, length, device), None, table, heads, True, asked.dim**-0.5
     kind = Decay[asked.decay.upper()]
     planned = replace(plan(asked.arch, dtype, asked.dim, asked.dim, kind, heads * length), tiles=tiles)
     forward = _with_plan(stages[0], planned)(*arguments)
     if name == "states":
         return forward.state_maps
-    exits = forward.state_maps().state
+    exits = forward.state_maps(q=q)
     if name == "o":
-        return lambda: forward.finish(exits)
-    known = {"saved": forward.saved, "entry": exits, "exits": exits, "do": do, "needs_dg": kind.per_token}
-    backward = _with_plan(stages[1], planned)(*arguments, **known)
+        return lambda: forward.finish(exits.state)
+    known = {"saved": forward.saved, "kept_gates": forward.kept_gates, "entry": exits.state, "exits": exits}
+    known |= {"needs_dg": kind.per_token, "needs_d_entry": False}
+    backward = _with_plan(stages[1], planned)(*arguments, q=q, do=do, **known)
     grads = backward.state_maps(local=name != "dq")
     return backward.local if name == "dq" else lambda: backward.finish(grads)
 

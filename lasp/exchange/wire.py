@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lasp.exchange.line import Parcel
-from lasp.kernels.state import StateMap
+from lasp.kernels.state import StateMap, Transition
 
 
 def pack(tensors: Sequence[Tensor], unit: int) -> Tensor:
@@ -41,7 +41,7 @@ class Wire:
         lead: [B, H, K] of the states.
         dtype, wire_dtype: of states here, and under way.
         device: of both.
-        kind: of the transitions, as in :class:`~lasp.kernels.state.StateMap`.
+        kind: of the transitions.
         decay: shape of a log-decay or matrix.
         fixed: a log-decay per token [H], equal for all tokens: then transitions follow from lengths.
     """
@@ -50,7 +50,7 @@ class Wire:
     dtype: torch.dtype
     wire_dtype: torch.dtype
     device: torch.device
-    kind: str
+    kind: Transition
     decay: torch.Size
     fixed: Tensor | None
 
@@ -92,9 +92,9 @@ class Wire:
             state = next(tensors).to(self.dtype)
             if self.fixed is not None and parcel.tokens is not None:
                 transition = (parcel.tokens * self.fixed.double()).to(self.dtype)[:, None]
-            dense = self.kind == "dense"
+            dense = self.kind is Transition.DENSE
             maps.append(StateMap(state, None if dense else transition, transition if dense else None))
         return maps
 
     def _has_transition(self, parcel: Parcel) -> bool:
-        return parcel.tokens is not None and self.kind != "identity" and self.fixed is None
+        return parcel.tokens is not None and self.kind is not Transition.IDENTITY and self.fixed is None

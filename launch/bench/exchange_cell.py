@@ -17,11 +17,11 @@ from lasp import CPContext, SequenceLayout
 from lasp.cost import Case
 from lasp.cost.fabric import Fabric, Link
 from lasp.exchange import AUTO, EXCHANGES, new_exchange
-from lasp.kernels.state import StateMap
+from lasp.kernels.state import StateMap, Transition
 from lasp.launch.bench.ranks import Ranks
 from lasp.parallel.mesh import Mesh
 
-KINDS = ("identity", "scalar", "diagonal", "dense")
+KINDS = tuple(kind.value for kind in Transition)
 LAYOUTS = ("contiguous", "zigzag")
 DIM = 64  # K = V of a head
 HEAD_BYTES = DIM * DIM * 4
@@ -37,8 +37,7 @@ def case_of(nodes: Sequence[int], state_bytes: int, kind: str, layout: str = "co
         ValueError: the state is no whole number of heads.
     """
     counts = tuple(list(nodes).count(node) for node in dict.fromkeys(nodes))
-    per_head = {"identity": 0, "scalar": 4, "diagonal": 4 * DIM, "dense": 4 * DIM * DIM}[kind]
-    transition = heads_of(state_bytes) * per_head
+    transition = heads_of(state_bytes) * Transition(kind).numbers(DIM) * 4
     return Case(counts, state_bytes, transition, 2 if layout == "zigzag" else 1, DIM)
 
 
@@ -140,12 +139,12 @@ def _maps(mesh: Mesh, state_bytes: int, kind: str, segments: int) -> StateMap:
     seed = torch.Generator().manual_seed(mesh.rank)
     draw = lambda *shape: torch.rand(segments, 1, heads, *shape, generator=seed)  # noqa: E731
     state = (draw(dim, dim) - 0.5).to(mesh.device)
-    if kind == "dense":
+    if kind == Transition.DENSE:
         eye = torch.eye(dim).expand(segments, 1, heads, dim, dim)
         return StateMap(state, matrix=(0.9 * eye + 0.1 / dim * draw(dim, dim)).to(mesh.device))
-    if kind == "identity":
+    if kind == Transition.IDENTITY:
         return StateMap(state)
-    return StateMap(state, (-0.1 * draw(1 if kind == "scalar" else dim)).to(mesh.device))
+    return StateMap(state, (-0.1 * draw(1 if kind == Transition.SCALAR else dim)).to(mesh.device))
 
 
 def _sampled(entry: torch.Tensor | None) -> list[float]:

@@ -22,6 +22,7 @@ import torch
 
 from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.cost.fabric import Fabric
+from lasp.kernels.state import StateMap
 from lasp.launch.bench.baselines import Method, methods
 from lasp.launch.bench.exchange_cell import context_over
 from lasp.launch.bench.ranks import Ranks
@@ -168,17 +169,16 @@ class _Layer:
 def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, cp: CPContext) -> None:
     """Forward and backward of the operator, its stages one after the other."""
     operator = operator_of("triton" if q.is_cuda else "torch")
-    table, scale = cp.segment_table(q.device), q.shape[-1] ** -0.5
+    inputs = k, v, None, None, cp.segment_table(q.device), q.shape[2], True, q.shape[-1] ** -0.5
     later, earlier = cp.cp_rank > 0, cp.cp_rank < cp.cp_size - 1  # something comes from ranks before, and from behind
-    forward = operator.Forward(q, k, v, None, table, True, scale)
-    maps = forward.state_maps(local=False)
-    forward.local([later])
+    forward = operator.Forward(*inputs)
+    maps = forward.state_maps()
+    forward.local(q, [later])
     entry = torch.ones_like(maps.state) if later else None
-    forward.finish(entry, [later])
-    exits = maps.state if entry is None else maps.state + entry
-    known = {"saved": forward.saved, "kept_gates": forward.kept_gates, "entry": entry, "exits": exits, "do": do}
-    backward = operator.Backward(q, k, v, None, table, True, scale, needs_dg=False, **known)
-    grads = backward.state_maps(local=False)
+    _, exits = forward.finish(entry, [later])
+    known = {"saved": forward.saved, "kept_gates": forward.kept_gates, "entry": entry, "exits": StateMap(exits)}
+    backward = operator.Backward(*inputs, q=q, do=do, **known, needs_dg=False, needs_d_entry=False)
+    grads = backward.state_maps()
     backward.local()
     backward.finish(torch.ones_like(grads) if earlier else None, [earlier])
 

@@ -8,9 +8,10 @@ from unittest import mock
 
 import torch
 
+from lasp.kernels.operator import num_heads
 from lasp.kernels.reference import recurrence
 from lasp.kernels.segments import SegmentTable
-from lasp.kernels.state import StateMap, transition
+from lasp.kernels.state import StateMap
 from lasp.kernels.torch_linear import operator as chunked
 from lasp.kernels.triton_linear import tiles as triton_tiles
 from lasp.kernels.triton_linear.tiles import KERNELS, Plan, Tile
@@ -101,25 +102,25 @@ def actual(
         for n, t in case.inputs().items()
     }
     table = SegmentTable(list(zip(case.borders, case.borders[1:])), torch.device(device))
-    arguments = *(x[n] for n in "qkvg"), table, case.causal, case.key_dim**-0.5
+    q, k, v, g = (x[n] for n in "qkvg")
+    arguments = k, v, g, None, table, num_heads(q, k, v, g), case.causal, case.key_dim**-0.5
     tiles = {kernel: Tile(case.block, 4, 2) for kernel in KERNELS}
     plan = triton_tiles.plan if shipped else lambda *_: Plan(case.chunk, case.superchunk, tiles)
     with mock.patch.object(triton_tiles, "plan", plan):
         forward = operator.Forward(*arguments)
         maps = forward.state_maps()
-        forward.local()
+        forward.local(q, None)
         entry = x["entry"] if case.causal else maps.state
-        o = forward.finish(entry)
-        exits = maps.state if entry is None or not case.causal else maps.state + transition(maps, entry)
-        saved = forward.saved
-        known = {"saved": saved, "entry": entry, "exits": exits, "do": x["do"], "needs_dg": True}
-        backward = operator.Backward(*arguments, **known)
+        o, exits = forward.finish(entry)
+        known = {"saved": forward.saved, "kept_gates": forward.kept_gates, "entry": entry, "needs_dg": True}
+        after = StateMap(exits, maps.log_decay, maps.matrix)
+        backward = operator.Backward(*arguments, q=q, do=x["do"], exits=after, needs_d_entry=True, **known)
         grads = backward.state_maps()
         backward.local()
-        d_exit = x["d_exit"] if case.causal else grads
-        dq, dk, dv, dg = backward.finish(d_exit)
-    d_entry = grads if d_exit is None else grads + transition(StateMap(grads, maps.log_decay), d_exit)
-    return {"o": o, "exits": exits, "dq": dq, "dk": dk, "dv": dv, "dg": dg, "dentry": d_entry}
+        found = backward.finish(x["d_exit"] if case.causal else grads)
+    return {"o": o, "exits": exits, "dq": found.dq, "dk": found.dk, "dv": found.dv, "dg": found.dg} | {
+        "dentry": found.d_entry
+    }
 
 
 def errors(case: Case, operator=None, dtype: torch.dtype = torch.float32) -> dict[str, float]:
@@ -153,7 +154,7 @@ def refusal(_group, dtype: torch.dtype, dim: int, scale: float) -> str:
 
     x = torch.zeros(1, 4, 1, dim, dtype=dtype)
     try:
-        lightning.Forward(x, x, x, None, SegmentTable([(0, 4)], x.device), True, scale)
+        lightning.Forward(x, x, None, None, SegmentTable([(0, 4)], x.device), 1, True, scale)
     except ValueError as error:
         return str(error)
     return ""
@@ -166,8 +167,8 @@ def saved_shapes(_group, gate: str, superchunk: int) -> list[tuple[int, ...]]:
     x = Case(gate, borders=(0, 70), heads=(2, 2, 2, 2)).inputs()
     q, k, v, g = (None if x[n] is None else x[n].float() for n in "qkvg")
     with small_plan(superchunk):
-        forward = lightning.Forward(q, k, v, g, SegmentTable([(0, 70)], q.device), True, 1.0)
-        forward.state_maps()
+        forward = lightning.Forward(k, v, g, None, SegmentTable([(0, 70)], q.device), 2, True, 1.0)
+        forward.state_maps(q=q)
         forward.finish(None)
     assert all(t.dtype == torch.float32 for t in forward.saved) and forward.kept_gates is None
     return [tuple(t.shape) for t in forward.saved]
@@ -221,9 +222,9 @@ def illegal_gates(_group, gate: str, value: float) -> tuple[int, int, bool]:
     q, k, v, g = (x[n].float() for n in "qkvg")
     g[:, 70, 1] = value
     with small_plan():
-        forward = lightning.Forward(q, k, v, g, SegmentTable([(0, 75)], q.device), True, 1.0)
-        forward.state_maps()
-        finite = forward.finish(None).isfinite().all().item()
+        forward = lightning.Forward(k, v, g, None, SegmentTable([(0, 75)], q.device), 2, True, 1.0)
+        forward.state_maps(q=q)
+        finite = forward.finish(None)[0].isfinite().all().item()
     return forward.illegal.sum().item(), forward.illegal[0, 1, 2].item(), finite
 
 
