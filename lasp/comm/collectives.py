@@ -55,7 +55,10 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup | None, place: str | None
     x = x.contiguous()
     out = x.new_empty(x.shape[1:])
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # renamed in torch 2.13
-    issue = lambda: scatter(out.view(-1), x.view(-1), dist.ReduceOp.SUM, group, async_op=True)  # noqa: E731
+
+    def issue() -> dist.Work:
+        return scatter(out.view(-1), x.view(-1), dist.ReduceOp.SUM, group, async_op=True)
+
     return _issue("reduce_scatter", x, group, out, place, issue)
 
 
@@ -73,7 +76,10 @@ def all_to_all(
     x = x.contiguous()
     out = x.new_empty((sum(receive_counts), *x.shape[1:]))
     counts = list(receive_counts), list(send_counts)
-    issue = lambda: dist.all_to_all_single(out, x, *counts, group, async_op=True)  # noqa: E731
+
+    def issue() -> dist.Work:
+        return dist.all_to_all_single(out, x, *counts, group, async_op=True)
+
     return _issue("all_to_all", x, group, out, place, issue)
 
 

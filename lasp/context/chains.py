@@ -74,8 +74,9 @@ class ChainPlan:
                     sent += [i for i, s in enumerate(segments) if s.ends_document and i not in edges]
             entries = [_edge_segments(segments, last=False) for segments in ranks]
         else:  # every part of a document that lies on several fragments
-            shared = lambda s: not (s.begins_document and s.ends_document)  # noqa: E731
-            exits = [[i for i, s in enumerate(segments) if shared(s)] for segments in ranks]
+            exits = [
+                [i for i, s in enumerate(segments) if not (s.begins_document and s.ends_document)] for segments in ranks
+            ]
             entries = exits
         least = layout.max_fragments
         forward, backward = _slots(exits, least), _slots(entries, least)
@@ -99,19 +100,19 @@ class ChainPlan:
         ends = [sorted((s.document, i) for i, s in enumerate(segments) if s.ends_document) for segments in ranks]
         chains = layout.chains if final_states else ()
         return cls(
-            forward,
-            backward,
-            tuple(lengths),
-            tuple(before),
-            tuple(after),
-            tuple(s.document for s in own),
-            tuple(s.begins_document for s in own),
-            tuple(s.ends_document for s in own),
-            tuple(tuple(slot_of[key(s)] for s in chain) for chain in chains),
-            causal,
-            tuple(i for _, i in ends[cp_rank]),
-            tuple(map(len, ends)),
-            tuple(document for found in ends for document, _ in found),
+            forward=forward,
+            backward=backward,
+            lengths=tuple(lengths),
+            before=tuple(before),
+            after=tuple(after),
+            documents=tuple(s.document for s in own),
+            begins=tuple(s.begins_document for s in own),
+            ends=tuple(s.ends_document for s in own),
+            finals=tuple(tuple(slot_of[key(s)] for s in chain) for chain in chains),
+            causal=causal,
+            ending=tuple(i for _, i in ends[cp_rank]),
+            ends_per_rank=tuple(map(len, ends)),
+            ends_in_order=tuple(document for found in ends for document, _ in found),
         )
 
 

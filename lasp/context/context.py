@@ -84,8 +84,11 @@ class Context:
                 f"layer that plans on the host: replaceable={self._replaceable}, (documents, tokens) {have} and "
                 f"{want}, plans of {host or 'none'}. Make a context of its own for this layout."
             )
-        make = lambda causal, final_states: ChainPlan.make(layout, 0, causal=causal, final_states=final_states)  # noqa: E731
-        self.tables.replace([(s.start, s.stop) for s in layout.segments(0)], make)
+
+        def chain(causal: bool, final_states: bool) -> ChainPlan:
+            return ChainPlan.make(layout, 0, causal=causal, final_states=final_states)
+
+        self.tables.replace([(s.start, s.stop) for s in layout.segments(0)], chain)
         self.layout = layout
         self.__dict__.pop("position_ids", None)
 

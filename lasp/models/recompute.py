@@ -41,5 +41,8 @@ def recompute(fn: Callable, *args, cp: Context | None):
     if cp is None:
         return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False)
     tape = ExchangeTape(outer=cp.tape)
-    contexts = lambda: (AttachedTape(tape, cp, replay=False), AttachedTape(tape, cp, replay=True))  # noqa: E731
+
+    def contexts() -> tuple[AttachedTape, AttachedTape]:
+        return AttachedTape(tape, cp, replay=False), AttachedTape(tape, cp, replay=True)
+
     return checkpoint(fn, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
