@@ -22,7 +22,6 @@ from lasp.launch.bench.ranks import Ranks
 from lasp.parallel.mesh import Mesh
 
 KINDS = tuple(kind.value for kind in Transition)
-LAYOUTS = ("contiguous", "zigzag")
 DIM = 64  # K = V of a head
 HEAD_BYTES = DIM * DIM * 4
 _WARM_UP = 2  # first the connections are made, then their windows grow
