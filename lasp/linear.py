@@ -8,11 +8,6 @@ one exchange. What an operator is stands in :mod:`lasp.kernels.operator`, one of
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
-import os
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -24,9 +19,7 @@ from lasp.exchange import new_exchange
 from lasp.kernels.operator import Operator, num_heads
 from lasp.kernels.reference import recurrence
 from lasp.kernels.state import StateMap, in_ieee, state_dtype
-from lasp.kernels.torch_linear import operator as torch_operator
-
-IMPLS = ("auto", "torch", "triton", "reference")
+from lasp.operators import IMPLS, check_triton, choose_impl, operator_of
 
 
 def linear_attention(
@@ -69,7 +62,7 @@ def linear_attention(
     """
     _check_tensors(q, k, v, g, initial_state)
     cp = CPContext.of(cp, q.shape[1])
-    impl = _choose(q, v) if impl == "auto" else impl
+    impl = choose_impl(q, v) if impl == "auto" else impl
     _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_state, impl)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if impl == "reference":
@@ -78,28 +71,6 @@ def linear_attention(
         o, final = recurrence(*wide[:4], cu_seqlens=borders, causal=causal, scale=scale, initial_state=wide[4])
         return o.to(v.dtype), final if output_final_state else None
     return run_stages(operator_of(impl), q, k, v, g, beta, initial_state, cp, causal, scale, output_final_state)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def operator_of(impl: str) -> Operator:
-    """The stages of an operator, ``torch`` or ``triton``.
-
-    Triton is imported where it is used.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    if impl == "torch":
-        return torch_operator
-    if not _has_triton():
-        raise ValueError("impl='triton' needs the package triton, which is not installed: pip install 'lasp[triton]'.")
-    from lasp.kernels.triton_linear import operator as triton_operator
-
-    return triton_operator
 
 
 def run_stages(
@@ -244,33 +215,6 @@ def _public_state(state: Tensor, cp: CPContext) -> Tensor:
     return state.squeeze(1 if cp.layout.num_documents > 1 else 0).detach()
 
 
-def _choose(q: Tensor, v: Tensor) -> str:
-    """What ``auto`` stands for: the Triton kernels wherever they serve."""
-    why = "the kernels are for CUDA devices"
-    if q.is_cuda:
-        why = _why_not_triton(q.device, q.dtype, q.shape[-1], v.shape[-1])
-    _announce("torch" if why else "triton", q.device.type, why)
-    return "torch" if why else "triton"
-
-
-@functools.cache
-def _why_not_triton(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str:
-    """Why the Triton kernels do not serve on this CUDA device; empty where they do."""
-    if not _has_triton():
-        return "the package triton is not installed"
-    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} has no compute capability 8.0"
-    why = operator_of("triton").unserved(dtype, key_dim, value_dim)
-    return f"the kernels take {why}" if why else ""
-
-
-@functools.cache
-def _announce(impl: str, device: str, why: str) -> None:
-    """Say once per process and reason what ``auto`` chose."""
-    message = "linear_attention: impl='auto' chose %r on %s%s"
-    logging.getLogger("lasp").info(message, impl, device, f": {why}" if why else "")
-
-
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: Tensor | None) -> None:
     """Refuse what is no tensor of the right kind, or is empty."""
     check_tensors(optional=("g", "initial_state"), q=q, k=k, v=v, g=g, initial_state=initial_state)
@@ -319,15 +263,9 @@ def _check(q, k, v, g, beta, cp, causal, scale, initial_state, output_final_stat
                 f"{tuple(initial_state.shape)} on {initial_state.device}."
             )
     if impl == "triton":
-        _check_triton(q, v)
+        check_triton(q, v)
     if impl == "reference" and cp.cp_size > 1:
         raise ValueError(f"impl='reference' runs on one device, got cp_size = {cp.cp_size}; use impl='torch'.")
-
-
-def _check_triton(q: Tensor, v: Tensor) -> None:
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"impl='triton' needs tensors on a CUDA device, got q on {q.device}. Use impl='torch' there.")
-    operator_of("triton").check(q, v)
 
 
 def _check_gate(g: Tensor, q: Tensor, causal: bool, impl: str) -> None:

@@ -20,6 +20,8 @@ GUESTS = {  # the only files that import a guest; None: whichever one file does
     "transformers": None,
     "wandb": None,
 }
+MOST_FLAT = 12  # files that lie in a room beside its sub-rooms
+MOST_LINES = {"kernels": 500}  # of a file; elsewhere 350
 
 
 def planted(tmp_path, **sources):
@@ -125,6 +127,18 @@ def test_kernels_know_one_device():
     for module, path in HOUSE.files.items():
         if HOUSE.room(module) == "kernels":
             assert "torch.distributed" not in path.read_text(), path
+
+
+def test_rooms_and_files_keep_their_size():
+    for room in ROOMS:
+        flat = [path.name for path in (ROOT / room).glob("*.py")]
+        assert len(flat) <= MOST_FLAT + 1, f"{room}: {len(flat)} files lie flat: {flat}"  # and __init__.py
+    long = {
+        HOUSE.relative(module): lines
+        for module, path in HOUSE.files.items()
+        if (lines := len(path.read_text().splitlines())) > MOST_LINES.get(HOUSE.room(module), 350)
+    }
+    assert not long
 
 
 def test_the_package_has_every_folder():

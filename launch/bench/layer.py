@@ -28,7 +28,7 @@ from lasp.launch.bench.exchange_cell import context_over
 from lasp.launch.bench.ranks import Ranks
 from lasp.launch.bench.results import table
 from lasp.launch.config.sizes import readable
-from lasp.linear import operator_of
+from lasp.operators import operator_of
 from lasp.parallel.mesh import Mesh
 
 SILENT, ALONE = "the stages without messages", "one rank alone"

@@ -9,8 +9,6 @@ of ranks are checked where these are known, in :mod:`lasp.launch.data.stream` an
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +22,7 @@ from lasp.checks import not_one_of
 from lasp.cost.fabric import PRESETS, Fabric
 from lasp.cp_context import ExchangeOptions
 from lasp.exchange import names as exchange_names
+from lasp.launch.config.keys import check_keys, nest
 from lasp.launch.config.sections import (
     CheckpointConfig,
     Count,
@@ -40,7 +39,7 @@ from lasp.launch.config.sections import (
 from lasp.launch.config.yaml_text import parse_yaml
 from lasp.launch.data.token_files import STDLIB
 from lasp.launch.data.tokenizer import BYTES, load_tokenizer
-from lasp.models.config import MixerConfig, ModelConfig
+from lasp.models.config import ModelConfig
 from lasp.parallel.engines.table import native_engine
 from lasp.parallel.file_errors import reading
 from lasp.softmax.table import SOFTMAX_EXCHANGES, check_heads, check_window, softmax_names
@@ -292,7 +291,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ValueError(
             f"{path} must hold a mapping of keys, got {type(values).__name__}. Write lines like `steps: 100`."
         )
-    _check_keys(values, str(path))
+    check_keys(values, str(path), RunConfig)
     for text in overrides:
         _apply_override(values, text)
     return checked(values, f"{path} with {', '.join(overrides)}" if overrides else str(path))
@@ -318,55 +317,13 @@ def _apply_override(values: dict[str, Any], text: str) -> None:
         raise ValueError(f"override {text!r} must have the form key=value, like optimizer.lr=1e-3.")
     value = parse_yaml(value_text, f"override {text!r}")
     *sections, last = ALIASES.get(key, key).split(".")
-    _check_keys(_nest([*sections, last], value), f"override {text!r}")
+    check_keys(nest([*sections, last], value), f"override {text!r}", RunConfig)
     at = values
     for section in sections:
         inner = at.get(section)
         at[section] = {"preset": inner} if isinstance(inner, str) else dict(inner or {})
         at = at[section]
     at[last] = value
-
-
-def _nest(keys: list[str], value: Any) -> dict[str, Any]:
-    for key in reversed(keys):
-        value = {key: value}
-    return value
-
-
-def _known_keys(owner: type) -> dict[str, type | None]:
-    """Keys of a section, each with the type of the section below it, if any."""
-    if dataclasses.is_dataclass(owner):
-        below = {"mixer": MixerConfig}
-        return {"preset": None} | {f.name: below.get(f.name) for f in dataclasses.fields(owner)}
-    below = {"model": ModelConfig}
-    for name, info in owner.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            below[name] = info.annotation
-    return {name: below.get(name) for name in owner.model_fields}
-
-
-def _check_keys(values: Mapping[str, Any], source: str, owner: type = RunConfig, prefix: str = "") -> None:
-    known = _known_keys(owner)
-    for key, value in values.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=3, cutoff=0.6)
-            guess = f" Did you mean {' or '.join(prefix + name for name in close)}?" if close else ""
-            where = f"of {prefix[:-1]}" if prefix else "at the top"
-            raise ValueError(f"{source}: unknown key {prefix}{key}.{guess} Keys {where}: {', '.join(known)}.")
-        section = known[key]
-        if section is not None and isinstance(value, Mapping):
-            _check_keys(value, source, section, f"{prefix}{key}.")
-        elif section is not None and value is not None and not (isinstance(value, str) and _has_presets(section)):
-            preset = " or a preset's name" if _has_presets(section) else ""
-            raise ValueError(f"{source}: {prefix}{key} must be a mapping of keys{preset}, got {value!r}. Set its keys.")
-        elif section is None and isinstance(value, Mapping):
-            raise ValueError(
-                f"{source}: {prefix}{key} holds one value and no keys below it, got {dict(value)!r}. Set {key}=VALUE."
-            )
-
-
-def _has_presets(section: type) -> bool:
-    return dataclasses.is_dataclass(section)
 
 
 def _describe(problem: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lasp import comm, linear
+from lasp import comm, operators
 from lasp.kernels import softmax
 from lasp.launch.config.schema import RunConfig
 from lasp.launch.doctor import machine
@@ -213,10 +213,10 @@ def implementations(model: ModelConfig, dtype: torch.dtype, device: torch.device
     if "L" in model.layer_kinds:
         sizes = LinearSizes.of(model)
         q, v = (torch.empty(1, 1, 1, n, device=device, dtype=dtype) for n in (sizes.state_dim, sizes.columns))
-        chosen = linear._choose(q, v)
+        chosen = operators.choose_impl(q, v)
         why = "Triton needs a CUDA device" if device.type != "cuda" else "the Triton kernels serve it"
         if device.type == "cuda" and chosen != "triton":
-            why = linear._why_not_triton(q.device, q.dtype, q.shape[-1], v.shape[-1])
+            why = operators.why_not_triton(q.device, q.dtype, q.shape[-1], v.shape[-1])
         rows["linear layers"] = f"{chosen}: {why}"
     if "S" in model.layer_kinds:
         q = torch.empty(1, 1, 1, model.dim // model.heads, device=device, dtype=dtype)

@@ -8,7 +8,7 @@ import torch
 
 from lasp import CPContext, SequenceLayout, linear_attention
 from lasp.kernels.reference import recurrence
-from lasp.linear import _announce, _has_triton, _why_not_triton
+from lasp.operators import _announce, has_triton, why_not_triton
 from tests.harness import assert_close
 from tests.lasp.linear_cases import GATES, PACKED, Case, known, matrix, special, worst, worst_in_small_tiles
 
@@ -194,16 +194,16 @@ def test_auto_says_once_what_it_chose(caplog):
     ],
 )
 def test_auto_takes_the_kernels_wherever_they_serve_on_cuda(monkeypatch, capability, dtype, dims, why):
-    if not _has_triton():
+    if not has_triton():
         pytest.skip("needs triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    assert re.search(why, _why_not_triton.__wrapped__(torch.device("cuda"), dtype, *dims))
+    assert re.search(why, why_not_triton.__wrapped__(torch.device("cuda"), dtype, *dims))
 
 
 def test_auto_does_without_triton_where_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr("lasp.linear._has_triton", lambda: False)
-    assert "not installed" in _why_not_triton.__wrapped__(torch.device("cuda"), torch.bfloat16, 64, 64)
+    monkeypatch.setattr("lasp.operators.has_triton", lambda: False)
+    assert "not installed" in why_not_triton.__wrapped__(torch.device("cuda"), torch.bfloat16, 64, 64)
 
 
 def bad(**changes):
