@@ -281,4 +281,4 @@ def _device_tables(cp) -> list[torch.Tensor]:
     """What a captured graph would read of the layout."""
     table = cp.segment_table(torch.device("cpu"))
     kept = [t for x in table.kept.values() for t in (x.pieces, x.segments, x.lengths)]
-    return kept + [t for key, t in cp._made.items() if key[1:2] == (torch.float64,)]
+    return kept + [t for (_, dtype, _), t in cp.tables.numbers.items() if dtype == torch.float64]

@@ -69,21 +69,13 @@ def on_cpu(fn):
     return wrapped
 
 
-@functools.cache
-def _groups(tp: int, pp: int, cp: int, vp: int | None) -> dict[str, Any]:
-    """Megatron's groups of a mesh are globals of one module: made once, kept aside, and put back by enter_mesh."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp, vp, context_parallel_size=cp, create_gloo_process_groups=False)
-    return {name: value for name, value in vars(parallel_state).items() if name.startswith("_") and name.isupper()}
-
-
 def enter_mesh(case: Case) -> None:
-    """Megatron's process groups for the case, and its random generators."""
+    """Megatron's process groups for the case, which end with it (see the pool), and its random generators."""
     from megatron.core import parallel_state, tensor_parallel
 
-    vars(parallel_state).update(_groups(case.tp, case.pp, case.cp, case.vp))
+    parallel_state.destroy_model_parallel()
+    sizes = {"virtual_pipeline_model_parallel_size": case.vp, "context_parallel_size": case.cp}
+    parallel_state.initialize_model_parallel(case.tp, case.pp, **sizes, create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
