@@ -30,7 +30,7 @@ def test_files_that_are_named_exist():
         for text in [*DOCUMENTS, *SOURCES]
         if text.name not in TELLS_THE_PAST
         for name in PATH.findall(text.read_text())
-        if not (ROOT / name).exists()
+        if not (ROOT / name).exists() and "NAME" not in name  # a file to be written
     }
     assert not missing
 

@@ -1,5 +1,6 @@
 """The house rules that a reader relies on: imports go one way and in no circle, and guests enter through one door."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -198,3 +199,10 @@ print(time.process_time() - started)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 4.0
+
+
+def test_every_test_module_stands_for_itself():
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests."):
+                assert not node.module.split(".")[-1].startswith("test_"), f"{path.name} imports {node.module}"

@@ -19,37 +19,27 @@ from lasp.parallel.checkpoints import checkpoint as checkpoints
 from lasp.parallel.checkpoints.saver import Saver
 from lasp.parallel.checkpoints.tensor_files import read_whole
 from lasp.parallel.mesh import Mesh
+from tests.parallel.checkpoint_cases import CONFIG, save, tensors_of
 
-CONFIG = {"dim": 4, "mixer": {"heads": 2, "decay": "none"}}
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
-
-
-def _tensors(seed):
-    flat = torch.randn(30, generator=torch.Generator().manual_seed(seed))
-    parts = {"a": flat[:12].view(3, 4), "b": flat[12:]}  # views of one buffer, as the engine's are
-    return {f"{kind}.{name}": x for kind in ("model", "exp_avg", "exp_avg_sq") for name, x in parts.items()}
-
-
-def _save(directory, step, extras=None, **options):
-    state = {"model": CONFIG, "data_position": 7 * step, "config": {}, "tokenizer": "bytes"}
-    with Saver(directory, Mesh.build(), **options) as saver:
-        return saver.save(step, lambda folder: _tensors(step), state, extras)
 
 
 @pytest.mark.parametrize("background", [False, True])
 def test_what_is_saved_comes_back(tmp_path, background):
-    path = _save(tmp_path, 3, extras={"tokenizer.json": b"{}"}, background=background)
+    path = save(tmp_path, 3, extras={"tokenizer.json": b"{}"}, background=background)
     saved = checkpoints.load(path)
     assert saved.step == 3 and saved.state["data_position"] == 21 and saved.extras == {"tokenizer.json": b"{}"}
     found = read_whole(saved.tensors)
     assert torch.equal(found.pop("random_state"), torch.get_rng_state())
-    assert found.keys() == _tensors(3).keys() and all(torch.equal(found[name], x) for name, x in _tensors(3).items())
+    assert found.keys() == tensors_of(3).keys() and all(
+        torch.equal(found[name], x) for name, x in tensors_of(3).items()
+    )
     assert saved.shapes() == {"a": (3, 4), "b": (18,)}
     assert checkpoints.find(path) == checkpoints.find(tmp_path) == path
 
 
 def test_a_background_save_has_the_values_of_its_step(tmp_path):
-    values = _tensors(1)
+    values = tensors_of(1)
     before = {name: x.clone() for name, x in values.items()}
     state = {"model": CONFIG, "data_position": 1, "config": {}, "tokenizer": "bytes"}
     with Saver(tmp_path, Mesh.build(), background=True) as saver:
@@ -62,11 +52,11 @@ def test_a_background_save_has_the_values_of_its_step(tmp_path):
 
 def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 10, 3, 100_000_000):
-        _save(tmp_path, step, keep=2)
+        save(tmp_path, step, keep=2)
     assert [int(p.name[5:]) for p in checkpoints.list_checkpoints(tmp_path)] == [10, 100_000_000]
     assert not list(tmp_path.glob(".tmp-*"))
     with pytest.raises(ValueError, match="keep must be at least 1"):
-        _save(tmp_path, 4, keep=0)
+        save(tmp_path, 4, keep=0)
 
 
 def test_a_removal_that_stops_halfway_leaves_no_checkpoint_that_looks_damaged(tmp_path):
@@ -78,18 +68,18 @@ def test_a_removal_that_stops_halfway_leaves_no_checkpoint_that_looks_damaged(tm
     for steps in (1, 2, 3), (3,):
         with mock.patch("lasp.parallel.checkpoints.saver.shutil.rmtree", stops):
             for step in steps:
-                _save(tmp_path, step, keep=2)
+                save(tmp_path, step, keep=2)
         found = checkpoints.list_checkpoints(tmp_path)
         assert [checkpoints.load(path).step for path in found] == [2, 3]
         assert len(list(tmp_path.glob(".tmp-old-*"))) == 1
-        _save(tmp_path, 3, keep=2)  # removes what was left
+        save(tmp_path, 3, keep=2)  # removes what was left
         assert sorted(os.listdir(tmp_path)) == ["step-00000002", "step-00000003"]
 
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("broken", ["write_tensors", "fingerprint", "_flush_to_disk", "os.rename"])
 def test_a_failed_save_leaves_the_older_checkpoint(tmp_path, monkeypatch, broken, background):
-    good = _save(tmp_path, 1)
+    good = save(tmp_path, 1)
 
     def fail(*_):
         raise OSError("no space left on device")
@@ -97,16 +87,16 @@ def test_a_failed_save_leaves_the_older_checkpoint(tmp_path, monkeypatch, broken
     with monkeypatch.context() as patch:
         patch.setattr(f"lasp.parallel.checkpoints.saver.{broken}", fail)
         with pytest.raises(OSError, match=r"cannot write .*step-00000002.*no space"):
-            _save(tmp_path, 2, background=background)
+            save(tmp_path, 2, background=background)
     assert os.listdir(tmp_path) == [good.name]
     assert checkpoints.load_newest(tmp_path, pytest.fail).step == 1
-    assert _save(tmp_path, 1) == good and checkpoints.load(good).step == 1  # the same step again replaces it
+    assert save(tmp_path, 1) == good and checkpoints.load(good).step == 1  # the same step again replaces it
 
 
 SAVING = """
 import os, sys, torch
 from pathlib import Path
-from tests.parallel.test_checkpoint import _save
+from tests.parallel.checkpoint_cases import save
 torch.set_num_threads(1)
 for line in sys.stdin:  # a step to begin at: a child does nothing but save
     if child := os.fork():
@@ -116,7 +106,7 @@ for line in sys.stdin:  # a step to begin at: a child does nothing but save
     step = int(line)
     print(os.getpid(), flush=True)
     while True:
-        _save(Path(sys.argv[1]), step, keep=2, background=step % 2 == 0)
+        save(Path(sys.argv[1]), step, keep=2, background=step % 2 == 0)
         step += 1
         print(step, flush=True)
 """
@@ -140,12 +130,12 @@ def _kill_while_saving(folder, moments):
         found = checkpoints.load_newest(folder, pytest.fail)  # no damaged one has a checkpoint's name
         assert finished <= found.step <= finished + 1
         tensors = read_whole(found.tensors)
-        assert all(torch.equal(tensors[name], x) for name, x in _tensors(found.step).items())
+        assert all(torch.equal(tensors[name], x) for name, x in tensors_of(found.step).items())
         last = found.step
         leftovers = [path for path in folder.iterdir() if not path.name.startswith("step-")]
         assert len(leftovers) <= 2  # one that was being written, one that was being deleted
     parent.communicate(timeout=30)
-    _save(folder, last + 1, keep=2)
+    save(folder, last + 1, keep=2)
     assert all(path.name.startswith("step-") for path in folder.iterdir())
 
 
@@ -177,7 +167,7 @@ def test_a_full_disk_loses_no_checkpoint(small_disk):
     step = 1
     with pytest.raises(OSError, match=r"cannot write .*step-\d+.*No space left on device"):
         for step in range(1, 50):
-            _save(small_disk, step)
+            save(small_disk, step)
     assert step > 3
     assert checkpoints.load_newest(small_disk, pytest.fail).step == step - 1
     assert len(checkpoints.list_checkpoints(small_disk)) == step - 1 == len(list(small_disk.iterdir()))
@@ -260,8 +250,8 @@ DAMAGES = PARTS | {
 
 @pytest.mark.parametrize("message", DAMAGES)
 def test_damage_is_found_and_the_one_before_is_taken_loudly(tmp_path, message):
-    _save(tmp_path, 1)
-    path = _save(tmp_path, 2)
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
     DAMAGES[message](path)
     with pytest.raises(ValueError, match=re.escape(message)):
         checkpoints.load(path)
@@ -277,14 +267,14 @@ def test_absent_and_foreign_checkpoints_are_named(tmp_path):
     with pytest.raises(ValueError, match="is a file"):
         checkpoints.load(tmp_path / "model.pt")
     assert checkpoints.load_newest(tmp_path / "none", pytest.fail) is None
-    (path := _save(tmp_path, 1)).joinpath("state.json").unlink()
+    (path := save(tmp_path, 1)).joinpath("state.json").unlink()
     with pytest.raises(ValueError, match="none of the 1 checkpoints"):
         checkpoints.load_newest(tmp_path, lambda _: None)
     assert path.is_dir()
 
 
 def test_another_model_is_refused_by_key_and_by_tensor(tmp_path):
-    saved = checkpoints.load(_save(tmp_path, 1))
+    saved = checkpoints.load(save(tmp_path, 1))
     shapes = {"a": (3, 4), "b": (18,)}
     checkpoints.check_same_model(saved, CONFIG, shapes)
     with pytest.raises(ValueError, match=r"model\.mixer\.decay is 'none' in the checkpoint and 'fixed' here"):
@@ -295,5 +285,5 @@ def test_another_model_is_refused_by_key_and_by_tensor(tmp_path):
 
 def test_the_checkpoint_just_written_is_never_deleted(tmp_path):
     for step in (6, 2, 4):
-        _save(tmp_path, step, keep=1)
+        save(tmp_path, step, keep=1)
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-00000004", "step-00000006"]

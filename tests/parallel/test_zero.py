@@ -15,7 +15,16 @@ from lasp.parallel.engines.build import build_engine
 from lasp.parallel.mesh import Mesh
 from lasp.parallel.objective import Batch, shift_labels
 from tests.harness import assert_close
-from tests.parallel.test_engine import SETTINGS, STEPS, Plain, TokenModel, _plain_loss, _restore, _sequences, _written
+from tests.parallel.engine_cases import (
+    SETTINGS,
+    STEPS,
+    Plain,
+    TokenModel,
+    plain_loss,
+    restore,
+    token_sequences,
+    written,
+)
 from tests.rounding import bound
 
 ENGINES = ("ddp", "zero3", "fsdp2", "zero1", "zero2", "zero0")
@@ -49,12 +58,12 @@ def _cut(sequences, mesh):
 
 def _steps(engine, first, last):
     """Curve of steps first..last-1, and a folder with what a checkpoint holds after them."""
-    curve, sequences = [], _sequences(last)
+    curve, sequences = [], token_sequences(last)
     for step in range(first, last):
         engine.model.step = step
         result = engine.step(_cut(sequences[step], engine.mesh))
         curve.append((result.loss, result.grad_norm))
-    return curve, _written(engine)
+    return curve, written(engine)
 
 
 HELD_OUT = (4, 3, 1, 0)  # sequences over two dp ranks: 2 and 2, 2 and 1, 1 and 0, none
@@ -63,7 +72,7 @@ HELD_OUT = (4, 3, 1, 0)  # sequences over two dp ranks: 2 and 2, 2 and 1, 1 and 
 def _uninterrupted(group, name, sizes):
     engine = _engine(name, **sizes)
     curve, saved = _steps(engine, 0, STEPS)
-    evaluated = [engine.evaluate(_cut(_sequences(1)[0][:count], engine.mesh)) for count in HELD_OUT]
+    evaluated = [engine.evaluate(_cut(token_sequences(1)[0][:count], engine.mesh)) for count in HELD_OUT]
     return curve, read_whole(saved), evaluated
 
 
@@ -80,7 +89,7 @@ RUNS += [("zero3", {"persistent": SMALL})]
 def test_every_engine_trains_and_evaluates_as_plain_torch_does(ranks, plain, name, sizes):
     results = ranks.run(_uninterrupted, name, sizes, size=4)
     with torch.no_grad():
-        held_out = [_plain_loss(plain.model, _sequences(1)[0][:count]).item() for count in HELD_OUT[:-1]]
+        held_out = [plain_loss(plain.model, token_sequences(1)[0][:count]).item() for count in HELD_OUT[:-1]]
     for curve, _, evaluated in results:
         plain.check_curve(curve, torch.float32, name)
         assert evaluated == [*(pytest.approx(x, rel=bound(plain.own_error)) for x in held_out), None]
@@ -96,8 +105,8 @@ def _each_step(group, name, folders):
     engine = _engine(name, torch.bfloat16)
     curve, before, after = [], [], []
     for step in range(2):
-        before.append(folders[step] if folders else _written(engine))
-        _restore(engine, step, before[-1])
+        before.append(folders[step] if folders else written(engine))
+        restore(engine, step, before[-1])
         part, saved = _steps(engine, step, step + 1)
         curve += part
         after.append(saved)
@@ -126,7 +135,7 @@ def test_bf16_gradients_are_summed_in_fp32_by_every_engine(ranks):
     update it grows by lr / eps at most for either moment. Summed in bf16 they would be off by up to 7 * 2**-9.
     """
     curve, folders, wanted = ranks.run(_each_step, "ddp", None, size=4)[0]
-    off = 2 * 7 * 2**-24 * max(_cancelling(SometimesUsed(0).double(), x) for x in _sequences(2))
+    off = 2 * 7 * 2**-24 * max(_cancelling(SometimesUsed(0).double(), x) for x in token_sequences(2))
     for name in ENGINES[1:]:
         theirs, _, written = ranks.run(_each_step, name, folders, size=4)[0]
         for step, (mine, expected) in enumerate(zip(theirs, curve, strict=True)):
@@ -151,11 +160,11 @@ def _relay(group):
     for index, name in enumerate(ENGINES):
         engine, begin = _engine(name), 2 * index
         if index:
-            _restore(engine, begin, saved)
+            restore(engine, begin, saved)
         first, halfway = _steps(engine, begin, begin + 1)
         second, saved = _steps(engine, begin + 1, begin + 2)
         fresh = _engine(name)
-        _restore(fresh, begin + 1, halfway)
+        restore(fresh, begin + 1, halfway)
         again, also = _steps(fresh, begin + 1, begin + 2)
         pairs.append((name, second, again, read_whole(saved), read_whole(also)))
         curve += first + second
@@ -178,15 +187,15 @@ def _recovers(group, name, dtype):
     engine = _engine(name, dtype, persistent=1000, model=TokenModel)
     _, saved = _steps(engine, 0, 2)
     expected = _steps(engine, 2, 4)
-    _restore(engine, 2, saved)
+    restore(engine, 2, saved)
     if engine.mesh.rank == 1:
         embed = engine.model.embed
         getattr(embed, "ds_tensor", embed.data).fill_(math.nan)  # stage 3 computes with shares
     with pytest.raises(FloatingPointError, match=r"step 3: loss nan"):
         _steps(engine, 2, 3)
-    after = read_whole(_written(engine))
+    after = read_whole(written(engine))
     assert engine.step_count == 2 and all(torch.equal(x, after[key]) for key, x in read_whole(saved).items())
-    _restore(engine, 2, saved)
+    restore(engine, 2, saved)
     found = _steps(engine, 2, 4)
     assert found[0] == expected[0]
     one, other = read_whole(found[1]), read_whole(expected[1])

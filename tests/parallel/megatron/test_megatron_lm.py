@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness import relative_error
 from tests.parallel.megatron import world
-from tests.parallel.megatron.test_refusals import Group, config
+from tests.parallel.megatron.cores import Group, config
 from tests.parallel.megatron.world import LENGTH, MICROBATCHES, VOCAB, Case, distributed_step, lone_step, on_cpu, whole
 
 EXAMPLES = str(Path(__file__).parents[3] / "examples")

@@ -7,7 +7,7 @@ import torch
 
 from lasp.cp_context import CPContext
 from lasp.models.config import ModelConfig
-from tests.parallel.megatron.test_refusals import call, config, core
+from tests.parallel.megatron.cores import call, config, core
 from tests.parallel.megatron.world import Case, enter_mesh, on_cpu
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.parallel.megatron.test_refusals import Group, config, core
+from tests.parallel.megatron.cores import Group, config, core
 
 
 def kinds(block):
