@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+KEPT: set[dist.ProcessGroup] = set()  # of a rank: groups that later cases use again; who puts them in takes them out
 PRELOADED = ("lasp.linear", "pytest", "hypothesis", "torch._dynamo", "torch.distributed.fsdp")  # of most tests
 
 
@@ -143,7 +144,7 @@ def _serve(rank: int, backend: str, rendezvous: str, pipes: Sequence[Connection]
 
 def _let_go(own: set) -> None:
     """Destroy the groups that a case made: each has threads of gloo that wake a hundred times a second."""
-    made = [group for group in dist.distributed_c10d._world.pg_map if group not in own]
+    made = [group for group in dist.distributed_c10d._world.pg_map if group not in own and group not in KEPT]
     for group in made:
         dist.destroy_process_group(group)
     if made:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lasp import comm
+from tests.harness import KEPT
 from tests.parallel.megatron.shim import megatron_on_cpu
 
 VOCAB, LENGTH, BATCH, MICROBATCHES = 64, 32, 2, 2
@@ -69,13 +70,31 @@ def on_cpu(fn):
     return wrapped
 
 
+_MESHES: dict[tuple, tuple[dict, set]] = {}  # of the last two meshes: Megatron's globals, and the groups in them
+
+
 def enter_mesh(case: Case) -> None:
-    """Megatron's process groups for the case, which end with it (see the pool), and its random generators."""
+    """Megatron's process groups for the case, and its random generators.
+
+    Groups are globals of one module. To make them takes a second, to keep many of them costs every rank its threads: a
+    case and its run on one rank find theirs again, older ones end with the case (see the pool).
+    """
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.destroy_model_parallel()
-    sizes = {"virtual_pipeline_model_parallel_size": case.vp, "context_parallel_size": case.cp}
-    parallel_state.initialize_model_parallel(case.tp, case.pp, **sizes, create_gloo_process_groups=False)
+    mesh = case.tp, case.pp, case.vp, case.cp
+    found = dist.distributed_c10d._world.pg_map
+    if mesh not in _MESHES:
+        while len(_MESHES) > 1:
+            KEPT.difference_update(_MESHES.pop(next(iter(_MESHES)))[1])
+        before = set(found)
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            *mesh[:3], context_parallel_size=case.cp, create_gloo_process_groups=False
+        )
+        values = {name: x for name, x in vars(parallel_state).items() if name.startswith("_") and name.isupper()}
+        _MESHES[mesh] = values, set(found) - before
+        KEPT.update(_MESHES[mesh][1])
+    vars(parallel_state).update(_MESHES[mesh][0])
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
